@@ -1,0 +1,108 @@
+"""The parts of the operator around the solver, in plain PyTorch: marginals, similarity, the two attends.
+
+Backends that fuse these with the solver replace them; the others share them. Everything here runs in the
+solve dtype (float32 at least) and is differentiable.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from otfuse.problem import Problem
+
+
+class Marginals(NamedTuple):
+    """Weights that sum to one per item; zero means padding. An item without mass is zero on both sides."""
+
+    a: Tensor  # [B, N]
+    b: Tensor  # [B, M]
+    masked: bool  # False promises that no weight is zero
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switch autocast off: the operator is solved in float32 at least, whatever surrounds it."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def solve_precision(values: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def marginals(problem: Problem) -> Marginals:
+    """The problem's ``a`` and ``b`` as :class:`Marginals`, in the solve dtype, differentiable."""
+    B, N, M = problem.shape
+    if problem.a is None and problem.b is None:
+        like = problem.values.new_empty(0, dtype=problem.solve_dtype)
+        return Marginals(like.new_full((B, N), 1 / N), like.new_full((B, M), 1 / M), masked=False)
+    a, has_a = _normalised(problem.a, (B, N), problem)
+    b, has_b = _normalised(problem.b, (B, M), problem)
+    has_mass = has_a & has_b  # [B, 1]
+    return Marginals(torch.where(has_mass, a, 0), torch.where(has_mass, b, 0), masked=True)
+
+
+def _normalised(weights: Tensor | None, shape: tuple[int, int], problem: Problem) -> tuple[Tensor, Tensor]:
+    """Weights scaled to sum one, and whether the item has any; zero weights get no gradient."""
+    dtype, device = problem.solve_dtype, problem.values.device
+    if weights is None:
+        return (
+            torch.full(shape, 1 / shape[1], dtype=dtype, device=device),
+            torch.ones(shape[0], 1, dtype=torch.bool, device=device),
+        )
+    weights = weights.to(dtype)
+    weights = torch.where(weights == 0, 0, weights)
+    # There is no transport with negative weights, and no exception without reading the values.
+    weights = torch.where(weights < 0, torch.nan, weights)
+    total = weights.sum(-1, keepdim=True)  # [B, 1]
+    has_mass = total != 0
+    return weights / torch.where(has_mass, total, 1), has_mass
+
+
+def without_padding(tokens: Tensor, weights: Tensor, masked: bool) -> Tensor:
+    """Tokens with zero weight set to zero, so that nothing stored there (NaN, say) reaches a result."""
+    return torch.where((weights != 0)[..., None], tokens, 0) if masked else tokens
+
+
+def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """[B, N, M]. The norms divide the products, not the tokens: one pass less over the features."""
+    products = torch.bmm(x, y.mT)  # [B, N, M]
+    if kind == "dot":
+        return products
+    return products * _inverse_norm(x)[:, :, None] * _inverse_norm(y)[:, None, :]
+
+
+def _inverse_norm(tokens: Tensor) -> Tensor:
+    """[B, N]. A zero token gets similarity zero with everything, and a zero gradient."""
+    norm = torch.linalg.vector_norm(tokens, dim=-1)
+    return 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
+
+
+def attend(
+    x: Tensor, y: Tensor, x_tokens: Tensor, y_tokens: Tensor, plan: Tensor, p: Marginals, weights: str
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5 of the paper: ``x + W y`` and ``y + W' x``.
+
+    ``x``, ``y`` are the residuals; ``x_tokens``, ``y_tokens`` the same without what padding holds.
+    """
+    map_x = map_y = plan  # [B, N, M]
+    if weights == "barycentric":
+        map_x, map_y = _divide(plan, p.a[:, :, None]), _divide(plan, p.b[:, None, :])
+    return torch.baddbmm(x, map_x, y_tokens), torch.baddbmm(y, map_y.mT, x_tokens)
+
+
+def _divide(plan: Tensor, weights: Tensor) -> Tensor:
+    """plan / weights, zero where the weight is zero, with gradients that stay finite there."""
+    padding = weights == 0
+    return torch.where(padding, 0, plan / torch.where(padding, 1, weights))

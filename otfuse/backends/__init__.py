@@ -1,0 +1,77 @@
+"""The backends, and the choice between them: by device, dtype and shape of the tensors, at every call."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.compiler import is_compiling
+
+from otfuse.backends.base import Backend, BackendError
+from otfuse.backends.cpu import CpuBackend
+from otfuse.backends.torch import TorchBackend
+from otfuse.backends.tpc import TpcBackend
+from otfuse.backends.triton import TritonBackend
+from otfuse.problem import Problem
+
+# In the order in which "auto" asks them.
+BACKENDS: tuple[Backend, ...] = (TpcBackend(), TritonBackend(), CpuBackend(), TorchBackend())
+
+_logger = logging.getLogger("otfuse")
+_logged: set[tuple[str, ...]] = set()
+
+
+def backends() -> dict[str, list[str]]:
+    """Every backend by name, with the reasons why it cannot run here; an empty list means that it can.
+
+    Example:
+        >>> import otfuse
+        >>> otfuse.backends()["torch"]
+        []
+    """
+    return {backend.name: backend.unavailable() for backend in BACKENDS}
+
+
+def select(problem: Problem, name: str) -> Backend:
+    """The named backend if it can run the problem, or for ``"auto"`` the first that can.
+
+    Raises:
+        BackendError: the named backend cannot run the problem; lists every reason.
+        ValueError: there is no backend of that name.
+    """
+    if name == "auto":
+        return _first(problem)
+    for backend in BACKENDS:
+        if backend.name == name:
+            if reasons := backend.why_not(problem):
+                raise BackendError(_refusal(backend, reasons, problem))
+            return backend
+    names = ", ".join(f'"{backend.name}"' for backend in BACKENDS)
+    raise ValueError(f'backend must be "auto" or one of {names}; got {name!r}')
+
+
+def _first(problem: Problem) -> Backend:
+    passed_over: list[str] = []
+    for backend in BACKENDS:
+        reasons = backend.why_not(problem)
+        if not reasons:
+            _log_once(backend, passed_over)
+            return backend
+        passed_over.append(f"{backend.name}: {'; '.join(reasons)}")
+    raise AssertionError("the torch backend runs everything")
+
+
+def _log_once(backend: Backend, passed_over: list[str]) -> None:
+    if is_compiling():
+        return
+    key = (backend.name, *passed_over)
+    if key not in _logged:
+        _logged.add(key)
+        _logger.info("using backend '%s' (passed over: %s)", backend.name, " | ".join(passed_over) or "none")
+
+
+def _refusal(backend: Backend, reasons: list[str], problem: Problem) -> str:
+    usable = [f'"{other.name}"' for other in BACKENDS if not other.why_not(problem)]
+    return (
+        f"backend '{backend.name}' cannot run this problem ({problem.describe()}): {'; '.join(reasons)}. "
+        f'Pass backend="auto" or one that can: {", ".join(usable)}.'
+    )

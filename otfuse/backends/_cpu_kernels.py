@@ -1,0 +1,825 @@
+"""Sinkhorn-Knopp on a CPU, compiled by numba: one fused pass over the kernel matrix a round.
+
+Letters: N rows, M columns of one item, T rounds. "Outer" is the side that a pass walks over, "inner" the one
+it vectorises along. Thin or small items are copied so that the longer side is the inner one and its length a
+multiple of the vector's; large ones keep K where their plan will stand. ``pass_divide`` and ``pass_affine``
+are all the arithmetic that grows with N M T.
+
+Two forms, by the item's own range (docs/numerics.md): SCALING, where K = exp((S - max S) / epsilon) serves all
+rounds; and ABSORBED, where the first round is done in the log domain and the scalings are folded into K
+whenever they leave a safe range.
+
+All in one file, because numba's cache on disk notices a change in a function's own file only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+NO_MASS, SCALING, ABSORBED, NOT_FINITE = 0, 1, 2, 3
+
+# Sums may be reordered and fused; NaN and infinities keep their meaning.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+LANES = 16
+SMALL_SIDE, SMALL_ITEM = 64, 1 << 14  # thin: min(N, M) up to the first; small: N M up to the second
+
+
+@intrinsic
+def _as_float32(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _polynomial(r, n):
+    """exp(r) 2^n for |r| <= ln 2 / 2 (Cephes' coefficients); zero below the smallest normal number."""
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * _as_float32(np.int32(max(np.int32(n) + np.int32(127), np.int32(0))) << np.int32(23))
+
+
+def _exp(x, like):
+    raise NotImplementedError
+
+
+@overload(_exp, inline="always")
+def _exp_overload(x, like):
+    """exp(x) in the type of ``like``: libm's is not vectorised, this is for float32 (1.3 ulp).
+
+    A float64 x is reduced in float64 first, so that the result has no more error where x is large.
+    """
+    if like != types.float32:
+        return lambda x, like: math.exp(x)
+
+    def exp_float32(x, like):
+        x = min(max(x, np.float32(-104.0)), np.float32(88.0))
+        n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+        r = x - n * np.float32(0.693359375)
+        return _polynomial(r + n * np.float32(2.12194440e-4), n)
+
+    def exp_reduced(x, like):
+        x = min(max(x, -104.0), 88.0)
+        n = np.floor(x * 1.4426950408889634 + 0.5)
+        return _polynomial(np.float32(x - n * 0.6931471805599453), n)
+
+    return exp_float32 if x == types.float32 else exp_reduced
+
+
+@njit(nogil=True, cache=True)
+def _exp_row(out, values, shift, scale, live):
+    """out = exp((values - shift) scale) where live, else 0."""
+    for j in range(values.shape[0]):
+        if live[j] != 0:
+            out[j] = _exp((values[j] - shift) * scale, values[j])
+        else:
+            out[j] = 0
+
+
+@njit(nogil=True, cache=True)
+def _fold_row(out, values, scale, log_row, log_columns, live):
+    """out = exp(values scale + log_row + log_columns) where live, else 0; the sum is taken in float64."""
+    for j in range(values.shape[0]):
+        if live[j] != 0:
+            out[j] = _exp(values[j] * scale + (log_row + log_columns[j]), values[j])
+        else:
+            out[j] = 0
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def pass_divide(K, inner, marginal, sums, outer, gathered):
+    """A round in one pass: sums = K inner; outer = marginal / sums; gathered = Kᵀ outer.
+
+    Four outer lines at a time share each load of ``inner`` and each store of ``gathered``.
+    """
+    lines, length = K.shape
+    gathered[:] = 0
+    zero = K.dtype.type(0)
+    o = 0
+    while o + 4 <= lines:
+        K0, K1, K2, K3 = K[o], K[o + 1], K[o + 2], K[o + 3]
+        s0 = s1 = s2 = s3 = zero
+        for i in range(length):
+            w = inner[i]
+            s0 += K0[i] * w
+            s1 += K1[i] * w
+            s2 += K2[i] * w
+            s3 += K3[i] * w
+        sums[o], sums[o + 1], sums[o + 2], sums[o + 3] = s0, s1, s2, s3
+        w0 = marginal[o] / s0 if marginal[o] != 0 else zero
+        w1 = marginal[o + 1] / s1 if marginal[o + 1] != 0 else zero
+        w2 = marginal[o + 2] / s2 if marginal[o + 2] != 0 else zero
+        w3 = marginal[o + 3] / s3 if marginal[o + 3] != 0 else zero
+        outer[o], outer[o + 1], outer[o + 2], outer[o + 3] = w0, w1, w2, w3
+        for i in range(length):
+            gathered[i] += (K0[i] * w0 + K1[i] * w1) + (K2[i] * w2 + K3[i] * w3)
+        o += 4
+    while o < lines:
+        K0 = K[o]
+        s0 = zero
+        for i in range(length):
+            s0 += K0[i] * inner[i]
+        sums[o] = s0
+        w0 = marginal[o] / s0 if marginal[o] != 0 else zero
+        outer[o] = w0
+        for i in range(length):
+            gathered[i] += K0[i] * w0
+        o += 1
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def pass_affine(K, inner, offset, slope, outer, gathered):
+    """outer = offset + slope (K inner); gathered = Kᵀ outer: a round of the backward, a step of CG."""
+    lines, length = K.shape
+    gathered[:] = 0
+    zero = inner.dtype.type(0)
+    o = 0
+    while o + 4 <= lines:
+        K0, K1, K2, K3 = K[o], K[o + 1], K[o + 2], K[o + 3]
+        s0 = s1 = s2 = s3 = zero
+        for i in range(length):
+            w = inner[i]
+            s0 += K0[i] * w
+            s1 += K1[i] * w
+            s2 += K2[i] * w
+            s3 += K3[i] * w
+        w0 = offset[o] + slope[o] * s0
+        w1 = offset[o + 1] + slope[o + 1] * s1
+        w2 = offset[o + 2] + slope[o + 2] * s2
+        w3 = offset[o + 3] + slope[o + 3] * s3
+        outer[o], outer[o + 1], outer[o + 2], outer[o + 3] = w0, w1, w2, w3
+        for i in range(length):
+            gathered[i] += (K0[i] * w0 + K1[i] * w1) + (K2[i] * w2 + K3[i] * w3)
+        o += 4
+    while o < lines:
+        K0 = K[o]
+        s0 = zero
+        for i in range(length):
+            s0 += K0[i] * inner[i]
+        w0 = offset[o] + slope[o] * s0
+        outer[o] = w0
+        for i in range(length):
+            gathered[i] += K0[i] * w0
+        o += 1
+
+
+@njit(nogil=True, cache=True)
+def _survey(S, a, b, scale):
+    """(form, max S) of one item, decided by the spread of log K and of the weights that scalings must span."""
+    mass_a = mass_b = 0.0
+    low_a = low_b = np.inf
+    high_a = high_b = 0.0
+    for i in range(a.shape[0]):
+        mass_a += a[i]
+        if a[i] != 0:
+            low_a, high_a = min(low_a, a[i]), max(high_a, a[i])
+    for j in range(b.shape[0]):
+        mass_b += b[j]
+        if b[j] != 0:
+            low_b, high_b = min(low_b, b[j]), max(high_b, b[j])
+    if mass_a == 0 or mass_b == 0:
+        return NO_MASS, 0.0
+    finite = mass_a * 0 + mass_b * 0 == 0
+    low, high = S.dtype.type(np.inf), S.dtype.type(-np.inf)
+    for i in range(a.shape[0]):
+        if a[i] != 0:
+            finite = finite and _row_is_finite(S[i], b)
+            row_low, row_high = _row_range(S[i], b)
+            low, high = min(low, row_low), max(high, row_high)
+    if not finite:
+        return NOT_FINITE, 0.0
+    spread = (float(high) - float(low)) * scale
+    weights_spread = math.log(high_a / low_a) + math.log(high_b / low_b)
+    most = 40.0 if S.itemsize == 4 else 300.0
+    return (SCALING if spread <= most and spread + weights_spread <= 1.5 * most else ABSORBED), float(high)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _row_is_finite(values, live):
+    zero = values.dtype.type(0)
+    poison = zero
+    for j in range(values.shape[0]):
+        poison += values[j] * zero if live[j] != 0 else zero
+    return poison == 0
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def _row_range(values, live):
+    """Only for finite values: the flags that let a minimum be vectorised exclude NaN."""
+    low, high = values.dtype.type(np.inf), values.dtype.type(-np.inf)
+    for j in range(values.shape[0]):
+        low = min(low, values[j] if live[j] != 0 else low)
+        high = max(high, values[j] if live[j] != 0 else high)
+    return low, high
+
+
+@njit(nogil=True, cache=True)
+def _log_round(S, a, b, scale, log_v, log_u):
+    """One round in the log domain, float64 sums: log_u from log_v, then log_v from log_u."""
+    N, M = S.shape
+    columns_max, columns_sum = np.full(M, -np.inf), np.zeros(M)
+    for i in range(N):
+        log_u[i] = 0
+        if a[i] == 0:
+            continue
+        row_max, row_sum = -np.inf, 0.0
+        for j in range(M):
+            if b[j] != 0:
+                row_max = max(row_max, S[i, j] * scale + log_v[j])
+        for j in range(M):
+            if b[j] != 0:
+                row_sum += _exp(S[i, j] * scale + log_v[j] - row_max, S[i, j])
+        log_u[i] = math.log(a[i]) - row_max - math.log(row_sum)
+        for j in range(M):
+            columns_max[j] = max(columns_max[j], S[i, j] * scale + log_u[i])
+    for i in range(N):
+        if a[i] != 0:
+            for j in range(M):
+                if b[j] != 0:
+                    columns_sum[j] += _exp(S[i, j] * scale + log_u[i] - columns_max[j], S[i, j])
+    for j in range(M):
+        log_v[j] = math.log(b[j]) - columns_max[j] - math.log(columns_sum[j]) if b[j] != 0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def _kernel_scratch(N, M, like):
+    """(K, columns_outer). K is empty for a large item: it then stands in place of an output [N, M]."""
+    if min(N, M) > SMALL_SIDE and N * M > SMALL_ITEM:
+        return np.empty((0, 0), like.dtype), False
+    lines, length = (M, N) if N > M else (N, M)
+    return np.zeros((lines, (length + LANES - 1) // LANES * LANES), like.dtype), N > M
+
+
+@njit(nogil=True, cache=True)
+def _fill(K, columns_outer, place, S, a, b, form, shift, scale, log_u, log_v):
+    """Make the kernel matrix in ``place`` [N, M], and copy it to K where K has memory of its own."""
+    N, M = S.shape
+    for i in range(N):
+        if a[i] == 0:
+            place[i, :] = 0
+        elif form == SCALING:
+            _exp_row(place[i], S[i], S.dtype.type(shift), S.dtype.type(scale), b)
+        else:
+            _fold_row(place[i], S[i], scale, log_u[i], log_v, b)
+    if columns_outer:
+        for j in range(M):
+            for i in range(N):
+                K[j, i] = place[i, j]
+    elif K.ctypes.data != place.ctypes.data:
+        K[:N, :M] = place
+
+
+@njit(nogil=True, cache=True)
+def _ones_where(live, out):
+    for i in range(live.shape[0]):
+        out[i] = 1 if live[i] != 0 else 0
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _divide(marginal, sums, out):
+    zero = out.dtype.type(0)
+    for i in range(marginal.shape[0]):
+        out[i] = marginal[i] / sums[i] if marginal[i] != 0 else zero
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _row_error(u, rows, a):
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += abs(u[i] * rows[i] - a[i])
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _start(K, columns_outer, a, b, u, v, next_u, sums, gathered):
+    """From v alone, what the first round divides by: the row sums K v (and with rows outer, its u at once)."""
+    if columns_outer:
+        nothing = np.zeros(K.shape[0], K.dtype)
+        pass_affine(K, u, v, nothing, v, gathered)
+    else:
+        pass_divide(K, v, a, sums, next_u, gathered)
+
+
+@njit(nogil=True, cache=True)
+def _round(K, columns_outer, a, b, u, v, next_u, sums, gathered):
+    """One round, rows then columns, in one pass; returns the L1 error of the rows after it."""
+    if columns_outer:
+        _divide(a, gathered, u)
+        pass_divide(K, u, b, sums, v, gathered)
+        return _row_error(u, gathered, a)
+    u[:] = next_u
+    _divide(b, gathered, v)
+    pass_divide(K, v, a, sums, next_u, gathered)
+    return _row_error(u, sums, a)
+
+
+@njit(nogil=True, cache=True)
+def _drift(w, live, limit):
+    """How far live scalings are from one: 0 within e^limit, 1 beyond it, 2 beyond what can be trusted."""
+    low, high = math.exp(-limit), math.exp(limit)
+    worst = 0
+    for i in range(live.shape[0]):
+        if live[i] != 0 and not low <= w[i] <= high:
+            if not low**2.5 <= w[i] <= high**2.5:
+                return 2
+            worst = 1
+    return worst
+
+
+@njit(nogil=True, cache=True)
+def _absorb(w, live, log_w):
+    """Fold live scalings into their logarithms, leaving ones."""
+    for i in range(live.shape[0]):
+        if live[i] != 0:
+            log_w[i] += math.log(w[i])
+            w[i] = 1
+
+
+@njit(nogil=True, cache=True)
+def _record(history, form, w, live, log_w):
+    """SCALING keeps scalings, ABSORBED their full logarithms."""
+    if form == SCALING:
+        history[:] = w[: history.shape[0]]
+    else:
+        for i in range(live.shape[0]):
+            history[i] = log_w[i] + math.log(w[i]) if live[i] != 0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history):
+    """Returns (marginal_error, rounds run, form, max S)."""
+    N, M = S.shape
+    scale = 1.0 / epsilon
+    form, shift = _survey(S, a, b, scale)
+    if form in (NO_MASS, NOT_FINITE):
+        plan[:, :] = 0 if form == NO_MASS else np.nan
+        f[:] = -np.inf if form == NO_MASS else np.nan
+        g[:] = f[0]
+        return (0.0, 0, form, shift) if form == NO_MASS else (np.nan, num_iters, form, shift)
+
+    if K.shape[0] == 0:
+        K = plan
+    lines, length = K.shape
+    sums, gathered = np.zeros(lines, S.dtype), np.zeros(length, S.dtype)
+    u = np.zeros(length if columns_outer else N, S.dtype)
+    v = np.zeros(M if columns_outer else length, S.dtype)
+    next_u, previous_v = u.copy(), v.copy()
+    log_u, log_v = np.zeros(N), np.zeros(M)  # what is folded into K
+    limit = 20.0 if S.itemsize == 4 else 150.0
+
+    done, error = 0, np.inf
+    _ones_where(b, v)
+    if form == SCALING:
+        log_u[:] = -shift * scale
+    else:
+        _log_round(S, a, b, scale, log_v, log_u)
+        _ones_where(a, u)
+        done = 1
+        if u_history.shape[0] > 0:
+            _record(u_history[0], form, u, a, log_u)
+            _record(v_history[0], form, v, b, log_v)
+    _fill(K, columns_outer, plan, S, a, b, form, shift, scale, log_u, log_v)
+    _start(K, columns_outer, a, b, u, v, next_u, sums, gathered)
+    if done == 1:
+        error = _row_error(u, gathered if columns_outer else sums, a)
+
+    while done < num_iters and not error < tol:
+        previous_v[:] = v
+        error = _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
+        if form == ABSORBED:
+            drift = max(_drift(u, a, limit), _drift(v, b, limit))
+            if drift == 1:
+                _absorb(u, a, log_u)
+                _absorb(v, b, log_v)
+            elif drift == 2:
+                _absorb(previous_v, b, log_v)
+                _log_round(S, a, b, scale, log_v, log_u)
+                _ones_where(a, u)
+                _ones_where(b, v)
+            if drift > 0:
+                _fill(K, columns_outer, plan, S, a, b, form, shift, scale, log_u, log_v)
+                _start(K, columns_outer, a, b, u, v, next_u, sums, gathered)
+                error = _row_error(u, gathered if columns_outer else sums, a)
+        if u_history.shape[0] > 0:
+            _record(u_history[done], form, u, a, log_u)
+            _record(v_history[done], form, v, b, log_v)
+        done += 1
+
+    for i in range(N):
+        for j in range(M):
+            plan[i, j] = (K[j, i] if columns_outer else K[i, j]) * u[i] * v[j]
+        f[i] = epsilon * (log_u[i] + math.log(u[i])) if a[i] != 0 else -np.inf
+    for j in range(M):
+        g[j] = epsilon * (log_v[j] + math.log(v[j])) if b[j] != 0 else -np.inf
+    return error, done, form, shift
+
+
+@njit(nogil=True, cache=True)
+def solve_items(
+    first,
+    last,
+    S,
+    a,
+    b,
+    epsilon,
+    num_iters,
+    tol,
+    plan,
+    f,
+    g,
+    marginal_error,
+    rounds,
+    u_history,
+    v_history,
+    forms,
+    shifts,
+):
+    """Solve items first … last - 1 of the batch; every output is written once."""
+    K, columns_outer = _kernel_scratch(S.shape[1], S.shape[2], S)
+    for item in range(first, last):
+        marginal_error[item], rounds[item], forms[item], shifts[item] = _solve_item(
+            S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer,
+            plan[item], f[item], g[item], u_history[item], v_history[item],
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _combine(K, outer_terms, inner_terms, count):
+    """K := K * (outer_termsᵀ inner_terms), elementwise: the history's rank-one terms, four lines at a time."""
+    lines, length = K.shape
+    sums = np.empty((4, length), K.dtype)
+    s0, s1, s2, s3 = sums[0], sums[1], sums[2], sums[3]
+    for o in range(0, lines, 4):
+        sums[:, :] = 0
+        o1, o2, o3 = min(o + 1, lines - 1), min(o + 2, lines - 1), min(o + 3, lines - 1)
+        for k in range(count):
+            inner = inner_terms[k]
+            w0, w1 = outer_terms[k, o], outer_terms[k, o1]
+            w2, w3 = outer_terms[k, o2], outer_terms[k, o3]
+            for i in range(length):
+                w = inner[i]
+                s0[i] += w0 * w
+                s1[i] += w1 * w
+                s2[i] += w2 * w
+                s3[i] += w3 * w
+        for line in range(o, min(o + 4, lines)):
+            K_line, sum_line = K[line], sums[line - o]
+            for i in range(length):
+                K_line[i] *= sum_line[i]
+
+
+@njit(nogil=True, cache=True)
+def _weigh(grad_plan, plan, grad_f, grad_g, epsilon, du, dv):
+    """The adjoints of log u and log v that the outputs hand in."""
+    N, M = plan.shape
+    for i in range(N):
+        du[i] = epsilon * grad_f[i] if plan.dtype.type(grad_f[i]) != 0 else 0.0
+    for j in range(M):
+        dv[j] = epsilon * grad_g[j] if plan.dtype.type(grad_g[j]) != 0 else 0.0
+    for i in range(N):
+        total = 0.0
+        for j in range(M):
+            if plan[i, j] != 0:
+                weighed = grad_plan[i, j] * plan[i, j]
+                total += weighed
+                dv[j] += weighed
+        du[i] += total
+
+
+@njit(nogil=True, cache=True)
+def _terms(lines, length, rounds, like):
+    """Room for two rank-one terms a round: (outer, inner)."""
+    return np.zeros((2 * rounds, lines), like.dtype), np.zeros((2 * rounds, length), like.dtype)
+
+
+@njit(nogil=True, cache=True)
+def _weighted(scaling, adjoint, marginal, out):
+    """out = scaling adjoint / marginal: what a half round sends through K."""
+    for i in range(marginal.shape[0]):
+        out[i] = scaling[i] * adjoint[i] / marginal[i] if marginal[i] != 0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+    """Back through all rounds, one pass each; K becomes K times the sum of the rank-one terms.
+
+    Round t, columns: wv = v dv / b, du -= u (K wv); rows: wu = u du / a, dv = -v_before (Kᵀ wu); and
+    dL -= K (u wvᵀ + wu v_beforeᵀ) in both (docs/gradients.md).
+    """
+    N, M = a.shape[0], b.shape[0]
+    lines, length = K.shape
+    outer_terms, inner_terms = _terms(lines, length, rounds, K)
+    gathered, offset, slope = np.zeros(length, K.dtype), np.zeros(lines, K.dtype), np.zeros(lines, K.dtype)
+    for t in range(rounds - 1, -1, -1):
+        u, wu = outer_terms[2 * t], outer_terms[2 * t + 1]
+        wv, v_before = inner_terms[2 * t], inner_terms[2 * t + 1]
+        u[:N] = u_history[t]
+        if t > 0:
+            v_before[:M] = v_history[t - 1]
+        else:
+            _ones_where(b, v_before)
+        _weighted(v_history[t], dv, b, wv)
+        _weighted(u, du, a, offset)
+        for i in range(N):
+            slope[i] = -u[i] * u[i] / a[i] if a[i] != 0 else 0.0
+        pass_affine(K, wv, offset, slope, wu, gathered)
+        for i in range(N):
+            grad_a[i] += wu[i] / u[i] if a[i] != 0 else 0.0
+            du[i] = 0
+        for j in range(M):
+            grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
+            dv[j] = -v_before[j] * gathered[j]
+    _combine(K, outer_terms, inner_terms, 2 * rounds)
+
+
+@njit(nogil=True, cache=True)
+def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+    """The same with the columns outside: a pass ends one round and begins the one before."""
+    N, M = a.shape[0], b.shape[0]
+    lines, length = K.shape
+    outer_terms, inner_terms = _terms(lines, length, rounds, K)
+    gathered, offset, slope = np.zeros(length, K.dtype), np.zeros(lines, K.dtype), np.zeros(lines, K.dtype)
+    last = outer_terms[2 * rounds - 2]
+    _weighted(v_history[rounds - 1], dv, b, offset)
+    pass_affine(K, inner_terms[0], offset, slope, last, gathered)
+    for t in range(rounds - 1, -1, -1):
+        u, wu = inner_terms[2 * t], inner_terms[2 * t + 1]
+        wv, v_before = outer_terms[2 * t], outer_terms[2 * t + 1]
+        u[:N] = u_history[t]
+        for j in range(M):
+            grad_b[j] += wv[j] / v_history[t, j] if b[j] != 0 else 0.0
+        for i in range(N):
+            du[i] -= u[i] * gathered[i]
+        _weighted(u, du, a, wu)
+        for i in range(N):
+            grad_a[i] += du[i] / a[i] if a[i] != 0 else 0.0
+            du[i] = 0
+        if t > 0:
+            v_before[:M] = v_history[t - 1]
+            offset[:] = 0
+            for j in range(M):
+                slope[j] = -v_before[j] * v_before[j] / b[j] if b[j] != 0 else 0.0
+            pass_affine(K, wu, offset, slope, outer_terms[2 * t - 2], gathered)
+        else:
+            _ones_where(b, v_before)
+    _combine(K, outer_terms, inner_terms, 2 * rounds)
+
+
+@njit(nogil=True, cache=True)
+def _refold(K, total, S, a, b, scale, log_u, log_v, outer_terms, inner_terms, count):
+    """Take the terms gathered so far, which belong to the present K, into the total; then fold anew."""
+    if count > 0:
+        _combine(K, outer_terms, inner_terms, count)
+        total += K
+    _fill(K, False, K, S, a, b, ABSORBED, 0.0, scale, log_u, log_v)
+
+
+@njit(nogil=True, cache=True)
+def _near(log_w, folded, live, limit):
+    for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
+        if live[i] != 0 and not abs(log_w[i] - folded[i]) <= limit:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _relative(log_w, folded, live, out):
+    for i in range(live.shape[0]):
+        out[i] = math.exp(log_w[i] - folded[i]) if live[i] != 0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def _unroll_absorbed(K, total, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+    """Back through rounds whose scalings are kept as logarithms, folding K anew where they have moved far.
+
+    A half round folded at its own scalings has rows (or columns) that sum to the marginals: always safe.
+    """
+    N, M = a.shape[0], b.shape[0]
+    limit = 15.0 if K.itemsize == 4 else 100.0
+    outer_terms, inner_terms = _terms(N, M, rounds, K)
+    fold_u, fold_v = np.full(N, np.inf), np.full(M, np.inf)
+    gathered, none = np.zeros(M, K.dtype), np.zeros(N, K.dtype)
+    sums, slope = np.zeros(N, K.dtype), np.ones(N, K.dtype)
+    before = np.zeros(M)
+    count = 0
+    for t in range(rounds - 1, -1, -1):
+        log_u, log_v = u_history[t], v_history[t]
+        if not (_near(log_u, fold_u, a, limit) and _near(log_v, fold_v, b, limit)):
+            fold_u[:] = log_u
+            fold_v[:] = log_v
+            _refold(K, total, S, a, b, scale, fold_u, fold_v, outer_terms, inner_terms, count)
+            count = 0
+        u, wv = outer_terms[count], inner_terms[count]
+        _relative(log_u, fold_u, a, u)
+        _relative(log_v, fold_v, b, gathered)
+        _weighted(gathered, dv, b, wv)
+        pass_affine(K, wv, none, slope, sums, gathered)
+        count += 1
+        for i in range(N):
+            du[i] -= u[i] * sums[i]
+            grad_a[i] += du[i] / a[i] if a[i] != 0 else 0.0
+        for j in range(M):
+            grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
+        if t > 0:
+            before[:] = v_history[t - 1]
+        else:
+            before[:] = 0
+        if not _near(before, fold_v, b, limit):
+            fold_u[:] = log_u
+            fold_v[:] = before
+            _refold(K, total, S, a, b, scale, fold_u, fold_v, outer_terms, inner_terms, count)
+            count = 0
+        wu, v_before = outer_terms[count], inner_terms[count]
+        _relative(log_u, fold_u, a, sums)
+        _weighted(sums, du, a, wu)
+        _relative(before, fold_v, b, v_before)
+        offset = wu.copy()
+        pass_affine(K, v_before, offset, none, sums, gathered)  # sums = wu, gathered = Kᵀ wu
+        count += 1
+        for j in range(M):
+            dv[j] = -v_before[j] * gathered[j]
+        du[:] = 0
+    _combine(K, outer_terms, inner_terms, count)
+    total += K
+
+
+@njit(nogil=True, cache=True)
+def _unroll_item(
+    S,
+    a,
+    b,
+    epsilon,
+    plan,
+    form,
+    shift,
+    rounds,
+    u_history,
+    v_history,
+    du,
+    dv,
+    K,
+    columns_outer,
+    grad_S,
+    grad_a,
+    grad_b,
+):
+    """grad_S comes out as K times the rank-one terms: what the rounds themselves take from dL."""
+    N, M = S.shape
+    scale = 1.0 / epsilon
+    unused = np.zeros(0)
+    if form == ABSORBED:
+        grad_S[:, :] = 0
+        _unroll_absorbed(
+            np.empty((N, M), S.dtype),
+            grad_S,
+            S,
+            a,
+            b,
+            scale,
+            u_history,
+            v_history,
+            rounds,
+            du,
+            dv,
+            grad_a,
+            grad_b,
+        )
+        return
+    if K.shape[0] == 0:
+        K = grad_S
+    _fill(K, columns_outer, grad_S, S, a, b, form, shift, scale, unused, unused)
+    if columns_outer:
+        _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b)
+    else:
+        _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b)
+    for i in range(N):
+        for j in range(M):
+            grad_S[i, j] = K[j, i] if columns_outer else K[i, j]
+
+
+@njit(nogil=True, cache=True)
+def unroll_items(
+    first, last, S, a, b, epsilon, plan, forms, shifts, rounds, u_history, v_history,
+    grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b,
+):  # fmt: skip
+    """The gradient of the rounds that were run, for items first … last - 1."""
+    N, M = S.shape[1:]
+    K, columns_outer = _kernel_scratch(N, M, S)
+    du, dv = np.zeros(N), np.zeros(M)
+    for item in range(first, last):
+        grad_a[item] = 0
+        grad_b[item] = 0
+        if forms[item] == NO_MASS:
+            grad_S[item] = 0
+            continue
+        if forms[item] == NOT_FINITE:
+            grad_S[item] = np.nan
+            grad_a[item] = np.nan
+            grad_b[item] = np.nan
+            continue
+        _weigh(grad_plan[item], plan[item], grad_f[item], grad_g[item], epsilon, du, dv)
+        _unroll_item(
+            S[item], a[item], b[item], epsilon, plan[item], forms[item], shifts[item], rounds[item],
+            u_history[item], v_history[item], du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
+        )  # fmt: skip
+        _finish(grad_S[item], grad_plan[item], plan[item], epsilon)
+
+
+@njit(nogil=True, cache=True)
+def _finish(grad_S, grad_plan, plan, epsilon):
+    """grad_S = (grad_plan plan - what the rounds take) / epsilon; a plan of zero takes no part."""
+    for i in range(plan.shape[0]):
+        for j in range(plan.shape[1]):
+            weighed = grad_plan[i, j] * plan[i, j] if plan[i, j] != 0 else 0.0
+            grad_S[i, j] = (weighed - grad_S[i, j]) / epsilon
+
+
+@njit(nogil=True, cache=True)
+def _centred_solve(plan, rows, columns, right):
+    """Conjugate gradients, float64, on what is left for the columns once the rows are eliminated.
+
+    The matrix diag(c) - Pᵀ diag(1/r) P is singular along constants; c cᵀ lifts that direction. Preconditioned
+    by diag(c); a pass over the plan a step.
+    """
+    N, M = plan.shape
+    ridge = 10 * np.finfo(plan.dtype).eps
+    slope, nothing = np.zeros(N), np.zeros(N)
+    for i in range(N):
+        slope[i] = 1 / rows[i] if rows[i] != 0 else 0.0
+    outer, gathered = np.zeros(N), np.zeros(M)
+    x, residual, direction, scaled = np.zeros(M), right.copy(), np.zeros(M), np.zeros(M)
+    for j in range(M):
+        direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
+    product = np.dot(residual, direction)
+    enough = product * 1e-20
+    for _ in range(4 * M + 50):
+        if not product > enough:
+            break
+        pass_affine(plan, direction, nothing, slope, outer, gathered)
+        lift = np.dot(columns, direction)
+        for j in range(M):
+            scaled[j] = columns[j] * ((1 + ridge) * direction[j] + lift) - gathered[j]
+        step = product / np.dot(direction, scaled)
+        for j in range(M):
+            x[j] += step * direction[j]
+            residual[j] -= step * scaled[j]
+            scaled[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
+        new_product = np.dot(residual, scaled)
+        for j in range(M):
+            direction[j] = scaled[j] + new_product / product * direction[j]
+        product = new_product
+    return x
+
+
+@njit(nogil=True, cache=True)
+def _implicit_item(plan, grad_plan, grad_f, grad_g, epsilon, grad_S, grad_a, grad_b):
+    """Adjoint of the fixed point: J (lambda, mu) = (du, dv), then grad_S, and grad_a, grad_b = lambda, mu."""
+    N, M = plan.shape
+    du, dv = np.zeros(N), np.zeros(M)
+    _weigh(grad_plan, plan, grad_f, grad_g, epsilon, du, dv)
+    rows, columns = np.zeros(N), np.zeros(M)
+    for i in range(N):
+        for j in range(M):
+            rows[i] += plan[i, j]
+            columns[j] += plan[i, j]
+    inverse = np.zeros(N)
+    for i in range(N):
+        inverse[i] = 1 / rows[i] if rows[i] != 0 else 0.0
+    gathered, outer, nothing, zero = np.zeros(M), np.zeros(N), np.zeros(N), np.zeros(M)
+    pass_affine(plan, zero, du * inverse, nothing, outer, gathered)
+    mu = _centred_solve(plan, rows, columns, dv - gathered)
+    pass_affine(plan, mu, nothing, -inverse, outer, gathered)
+    for i in range(N):
+        outer[i] += du[i] * inverse[i]
+        grad_a[i] = outer[i]
+        for j in range(M):
+            weighed = grad_plan[i, j] * plan[i, j] if plan[i, j] != 0 else 0.0
+            grad_S[i, j] = (weighed - plan[i, j] * (outer[i] + mu[j])) / epsilon
+    for j in range(M):
+        grad_b[j] = mu[j]
+
+
+@njit(nogil=True, cache=True)
+def implicit_items(first, last, plan, epsilon, forms, grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b):
+    """The gradient of the converged plan, for items first … last - 1."""
+    for item in range(first, last):
+        if forms[item] in (NO_MASS, NOT_FINITE):
+            nothing = 0 if forms[item] == NO_MASS else np.nan
+            grad_S[item] = nothing
+            grad_a[item] = nothing
+            grad_b[item] = nothing
+        else:
+            _implicit_item(
+                plan[item], grad_plan[item], grad_f[item], grad_g[item], epsilon,
+                grad_S[item], grad_a[item], grad_b[item],
+            )  # fmt: skip

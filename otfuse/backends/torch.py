@@ -1,0 +1,221 @@
+"""Plain PyTorch, any device: the specification, and the faster form that runs.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``. Notation as in docs/concepts.md: the plan is
+``exp((f + g + S) / epsilon) = diag(u) K diag(v)`` with ``K = exp(S / epsilon)``.
+
+Nothing here looks at a tensor's values from Python, so all of it can be traced, mapped and captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from otfuse.attention import Marginals
+from otfuse.backends.base import Backend, Solution
+from otfuse.problem import Problem
+
+# K in one piece is safe while the logarithms of its entries lie this close together: those of the
+# scalings spread as far again, and float32 ends at exp(88), float64 at exp(709).
+SCALING_RANGE = {torch.float32: 40.0, torch.float64: 300.0}
+
+# Rounds between absorptions beyond that range. A round changes a uniform scaling by at most a factor of
+# the number of tokens (docs/numerics.md): five keep 16384 tokens well inside float32.
+ABSORB_EVERY = 5
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def unavailable(self) -> list[str]:
+        return []
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return []
+
+    def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
+        def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
+            return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, problem.similarity_bound)
+
+        if problem.grad == "unroll":
+            return solve(solver, similarity, p)
+        with torch.no_grad():
+            solution = solve(solver, similarity, p)
+        if problem.grad == "detach":
+            return solution
+        return attach_implicit_gradient(solution, similarity, p, problem.epsilon)
+
+
+def specification(
+    similarity: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int, tol: float | None = None
+) -> Solution:
+    """Sinkhorn-Knopp in the log domain: in float64, what every backend is judged against.
+
+    ``a`` [B, N] and ``b`` [B, M] sum to one per item; zero means padding, whose similarity must be finite.
+    """
+    log_kernel = similarity / epsilon  # [B, N, M]
+    log_a, log_b = _log(a), _log(b)  # -inf at padding
+    log_u = torch.zeros_like(a)
+    log_v = torch.where(b == 0, -torch.inf, torch.zeros_like(b))
+    rows = torch.logsumexp(log_kernel + log_v[:, None, :], 2)  # [B, N]
+    marginal_error = torch.full_like(a[:, 0], torch.inf)  # [B]
+    num_iters_run = torch.zeros_like(marginal_error, dtype=torch.int32)
+    for _ in range(num_iters):
+        active = (marginal_error >= (tol or 0)) | marginal_error.isnan()
+        new_u = log_a - rows
+        new_v = log_b - torch.logsumexp(log_kernel + new_u[:, :, None], 1)
+        log_u = torch.where(active[:, None], new_u, log_u)
+        log_v = torch.where(active[:, None], new_v, log_v)
+        rows = torch.logsumexp(log_kernel + log_v[:, None, :], 2)
+        marginal_error = (torch.exp(log_u + rows) - a).detach().abs().sum(1)
+        num_iters_run = num_iters_run + active
+    plan = torch.exp(log_kernel + log_u[:, :, None] + log_v[:, None, :])
+    return Solution(plan, epsilon * log_u, epsilon * log_v, marginal_error, num_iters_run)
+
+
+def scaling(
+    similarity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None = None,
+    bound: float | None = None,
+) -> Solution:
+    """The same by scalings: one exponential per entry where ``bound >= |S|`` proves that safe.
+
+    Otherwise the first round is done in the log domain, and the scalings are folded into the kernel every
+    few rounds (absorption). After the first round no row or column sum can underflow: see docs/numerics.md.
+    The folded part carries no gradient; the result does not depend on it.
+    """
+    log_kernel = similarity / epsilon  # [B, N, M]
+    one_piece = bound is not None and 2 * bound / epsilon <= SCALING_RANGE[similarity.dtype]
+    u, v = torch.ones_like(a), (b != 0).to(b.dtype)
+    if one_piece:
+        assert bound is not None
+        log_u0, log_v0 = torch.full_like(a, -bound / epsilon), torch.zeros_like(b)  # folded into the kernel
+    else:
+        log_v = torch.where(b == 0, -torch.inf, torch.zeros_like(b))
+        log_u = _log(a) - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
+        log_v = _log(b) - torch.logsumexp(log_kernel + log_u[:, :, None], 1)
+        log_u0, log_v0 = _finite(log_u.detach()), _finite(log_v.detach())
+        u, v = torch.exp(log_u - log_u0), torch.exp(log_v - log_v0)  # ones, with the gradient
+    first = 0 if one_piece else 1
+    num_iters_run = torch.full_like(a[:, 0], first, dtype=torch.int32)  # [B]
+    active = num_iters_run == first
+
+    kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
+    for t in range(first, num_iters):
+        if not one_piece and t > first and (t - first) % ABSORB_EVERY == 0:
+            log_u0, u = _absorb(log_u0, u)
+            log_v0, v = _absorb(log_v0, v)
+            kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
+        if tol is not None and t > 0:
+            active = active & ~((u * rows - a).detach().abs().sum(1) < tol)
+        new_u = a / rows
+        new_v = b / (kernel * new_u[:, :, None]).sum(1)
+        if tol is not None:
+            new_u, new_v = torch.where(active[:, None], new_u, u), torch.where(active[:, None], new_v, v)
+        u, v = new_u, new_v
+        rows = (kernel * v[:, None, :]).sum(2)
+        num_iters_run = num_iters_run + active
+
+    plan = kernel * u[:, :, None] * v[:, None, :]
+    marginal_error = (u * rows - a).detach().abs().sum(1)
+    f, g = epsilon * (_log(u) + log_u0), epsilon * (_log(v) + log_v0)
+    return Solution(plan, f, g, marginal_error, num_iters_run)
+
+
+def solve(solver: Callable[[Tensor, Tensor, Tensor], Solution], similarity: Tensor, p: Marginals) -> Solution:
+    """``solver`` with the contract's rules for padding, for items without mass, and for NaN."""
+    a, b, has_mass = p.a, p.b, None
+    if p.masked:
+        similarity = torch.where((a != 0)[:, :, None] & (b != 0)[:, None, :], similarity, 0)
+        has_mass = (a != 0).any(1)  # [B]; b has mass exactly where a has
+        # Any marginals will do for an item without mass that keep its arithmetic finite.
+        a = torch.where(has_mass[:, None], a, 1 / a.shape[1])
+        b = torch.where(has_mass[:, None], b, 1 / b.shape[1])
+    # One entry that is not finite spoils its item as a whole, and only that.
+    finite = torch.isfinite(similarity).flatten(1).all(1)  # [B]
+    similarity = similarity + torch.where(finite, 0.0, torch.nan)[:, None, None].to(similarity.dtype)
+    solution = solver(similarity, a, b)
+    if has_mass is None:
+        return solution
+    return Solution(
+        torch.where(has_mass[:, None, None], solution.plan, 0),
+        torch.where(has_mass[:, None], solution.f, -torch.inf),
+        torch.where(has_mass[:, None], solution.g, -torch.inf),
+        torch.where(has_mass, solution.marginal_error, 0),
+        torch.where(has_mass, solution.num_iters, 0),
+    )
+
+
+def attach_implicit_gradient(solution: Solution, similarity: Tensor, p: Marginals, epsilon: float) -> Solution:
+    """The solution with the gradient of the fixed point (first derivatives): docs/gradients.md, Eq. 5.
+
+    Every term added here is zero; only its derivative is not.
+    """
+    plan = solution.plan  # [B, N, M], a constant
+    rows, columns = plan.sum(2), plan.sum(1)
+    if p.masked:
+        similarity = torch.where((p.a != 0)[:, :, None] & (p.b != 0)[:, None, :], similarity, 0)
+    tangent = plan * (similarity - similarity.detach()) / epsilon
+    excess_rows = tangent.sum(2) - (p.a - p.a.detach())
+    excess_columns = tangent.sum(1) - (p.b - p.b.detach())
+    if rows.shape[1] < columns.shape[1]:
+        du, dv = _centred_solve(plan.mT, columns, rows, excess_columns, excess_rows)[::-1]
+    else:
+        du, dv = _centred_solve(plan, rows, columns, excess_rows, excess_columns)
+    return solution._replace(
+        plan=plan + tangent + plan * (du[:, :, None] + dv[:, None, :]),
+        f=solution.f + epsilon * du,
+        g=solution.g + epsilon * dv,
+    )
+
+
+def _centred_solve(
+    plan: Tensor, rows: Tensor, columns: Tensor, excess_rows: Tensor, excess_columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-scaling changes (du, dv) that take the excess out of the plan's row and column sums.
+
+    The rows are eliminated. What is left is singular along constants: ``columns columnsᵀ`` lifts that
+    direction, which makes dv sum to zero under the weights ``columns``.
+    """
+    inverse_rows = torch.where(rows == 0, 0, 1 / torch.where(rows == 0, 1, rows))  # [B, N]
+    scaled = plan * inverse_rows[:, :, None]  # [B, N, M], rows sum to one
+    ridge = 10 * torch.finfo(plan.dtype).eps  # a plan that is a permutation leaves nothing but it
+    diagonal = torch.where(columns == 0, 1, columns * (1 + ridge))
+    system = torch.diag_embed(diagonal) - plan.mT @ scaled
+    system = system + columns[:, :, None] * columns[:, None, :]
+    right = excess_columns - (scaled * excess_rows[:, :, None]).sum(1)  # [B, M]
+    dv = -torch.linalg.solve_ex(system, right[..., None])[0].squeeze(-1)
+    du = -inverse_rows * excess_rows - (scaled * dv[:, None, :]).sum(2)
+    return du, dv
+
+
+def _folded(log_kernel: Tensor, log_u0: Tensor, log_v0: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel with scalings folded in [B, N, M], and its product with v [B, N].
+
+    A live entry is part of a plan then, so at most one; the clamp keeps padding finite.
+    """
+    kernel = torch.exp((log_kernel + log_u0[:, :, None] + log_v0[:, None, :]).clamp_max(1))
+    return kernel, (kernel * v[:, None, :]).sum(2)
+
+
+def _absorb(log_folded: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a scaling's value in and leave its gradient behind, on a scaling of one (zero at padding)."""
+    value = scaling.detach()
+    value = torch.where(value == 0, 1, value)
+    return log_folded + value.log(), scaling / value
+
+
+def _finite(log_weights: Tensor) -> Tensor:
+    return torch.where(log_weights == -torch.inf, 0, log_weights)
+
+
+def _log(weights: Tensor) -> Tensor:
+    """log, with -inf and no gradient where the weight is zero."""
+    padding = weights == 0
+    return torch.where(padding, -torch.inf, torch.where(padding, 1, weights).log())

@@ -1,0 +1,224 @@
+"""What is asked and what comes back: the checked problem and the result types.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features.
+
+Only shapes, dtypes, devices and Python numbers are looked at here. Tensor values never are: reading them
+would stall a device and could not be traced.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIMILARITIES = ("cosine", "dot")
+WEIGHTS = ("plan", "barycentric")
+GRADS = ("unroll", "implicit", "detach")
+
+
+class SinkhornOutput(NamedTuple):
+    """What :func:`otfuse.sinkhorn` returns."""
+
+    plan: Tensor  # [B, N, M], dtype of the cost
+    f: Tensor  # [B, N], in units of cost, -inf where the weight is zero; float32 at least
+    g: Tensor  # [B, M], likewise
+    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last round
+    num_iters: Tensor  # [B], int32, rounds that were run
+
+
+class SinkhornAttendOutput(NamedTuple):
+    """What :func:`otfuse.sinkhorn_attend` returns."""
+
+    x: Tensor  # [B, N, D], x + W y
+    y: Tensor  # [B, M, D], y + W' x
+    plan: Tensor | None  # [B, N, M], dtype of the tokens; None unless asked for
+    f: Tensor  # [B, N], in units of similarity, -inf where the weight is zero; float32 at least
+    g: Tensor  # [B, M], likewise
+    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last round
+    num_iters: Tensor  # [B], int32, rounds that were run
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of transport problems whose arguments have been checked.
+
+    Either ``x`` and ``y`` are given (tokens, the similarity is computed) or ``cost`` is.
+    """
+
+    x: Tensor | None  # [B, N, D]
+    y: Tensor | None  # [B, M, D]
+    cost: Tensor | None  # [B, N, M]
+    a: Tensor | None  # [B, N], weights or mask as passed
+    b: Tensor | None  # [B, M]
+    epsilon: float
+    num_iters: int
+    tol: float | None
+    grad: str
+    similarity: str = "dot"
+    weights: str = "plan"
+    return_plan: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, N, M)."""
+        if self.x is not None and self.y is not None:
+            return self.x.shape[0], self.x.shape[1], self.y.shape[1]
+        assert self.cost is not None
+        return self.cost.shape[0], self.cost.shape[1], self.cost.shape[2]
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor that decides device and dtype."""
+        values = self.cost if self.x is None else self.x
+        assert values is not None
+        return values
+
+    @property
+    def solve_dtype(self) -> torch.dtype:
+        """float64 for float64 input, float32 for everything else."""
+        return torch.float64 if self.values.dtype == torch.float64 else torch.float32
+
+    @property
+    def similarity_bound(self) -> float | None:
+        """A bound on the size of every similarity known without looking at values, or None."""
+        return 1.0 if self.x is not None and self.similarity == "cosine" else None
+
+    def describe(self) -> str:
+        """One line for error messages."""
+        shape = "B={} N={} M={}".format(*self.shape)
+        features = "" if self.x is None else f" D={self.x.shape[2]}"
+        return f"{shape}{features}, {self.values.dtype} on '{self.values.device}', epsilon={self.epsilon}"
+
+
+def token_problem(
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    a: Tensor | None,
+    b: Tensor | None,
+    similarity: str,
+    num_iters: int,
+    tol: float | None,
+    weights: str,
+    grad: str,
+    return_plan: bool,
+) -> Problem:
+    """Check the arguments of ``sinkhorn_attend``."""
+    check_tensor("x", x, "[B, N, D]")
+    check_tensor("y", y, "[B, M, D]")
+    check_pair(x, y, ((0, "batch size B"), (2, "feature size D")))
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_choice("weights", weights, WEIGHTS)
+    check_weights("a", a, tuple(x.shape[:2]), "[B, N]", x)
+    check_weights("b", b, tuple(y.shape[:2]), "[B, M]", x)
+    check_solver(epsilon, num_iters, tol, grad)
+    return Problem(x, y, None, a, b, epsilon, num_iters, tol, grad, similarity, weights, return_plan)
+
+
+def cost_problem(
+    cost: Tensor,
+    epsilon: float,
+    a: Tensor | None,
+    b: Tensor | None,
+    num_iters: int,
+    tol: float | None,
+    grad: str,
+) -> Problem:
+    """Check the arguments of ``sinkhorn``."""
+    check_tensor("cost", cost, "[B, N, M]")
+    B, N, M = cost.shape
+    check_weights("a", a, (B, N), "[B, N]", cost)
+    check_weights("b", b, (B, M), "[B, M]", cost)
+    check_solver(epsilon, num_iters, tol, grad)
+    return Problem(None, None, cost, a, b, epsilon, num_iters, tol, grad)
+
+
+def check_tensor(name: str, value: object, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
+    dims = shape.count(",") + 1
+    if value.dim() != dims:
+        missing = dims - value.dim()
+        way_out = f"; for a single item pass {name}[None]" if missing == 1 and shape.startswith("[B") else ""
+        raise ValueError(f"{name} must have shape {shape}; got {list(value.shape)}{way_out}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16; got {_name(value.dtype)}; pass {name}.float()"
+        )
+
+
+def check_pair(x: Tensor, y: Tensor, same: tuple[tuple[int, str], ...], names: tuple[str, str] = ("x", "y")) -> None:
+    first, second = names
+    for dim, what in same:
+        if x.shape[dim] != y.shape[dim]:
+            raise ValueError(
+                f"{first} and {second} must have the same {what}; got {first} {list(x.shape)} and {second} "
+                f"{list(y.shape)}"
+            )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{first} and {second} must have one dtype; got {_name(x.dtype)} and {_name(y.dtype)}; "
+            f"pass {second}.to({first}.dtype)"
+        )
+    if x.device != y.device:
+        raise ValueError(
+            f"{first} and {second} must be on one device; got '{x.device}' and '{y.device}'; "
+            f"pass {second}.to({first}.device)"
+        )
+
+
+def check_weights(name: str, value: object, shape: tuple[int, ...], letters: str, like: Tensor) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of shape {letters} (weights or a boolean mask) or None; "
+            f"got {type(value).__name__}"
+        )
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}; got {list(value.shape)}")
+    if value.dtype != torch.bool and value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must hold floating-point weights or be a boolean mask; got {_name(value.dtype)}; "
+            f"pass {name}.bool() for a mask or {name}.float() for weights"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on '{like.device}' like the other inputs; got '{value.device}'; "
+            f"pass {name}.to('{like.device}')"
+        )
+
+
+def check_solver(epsilon: object, num_iters: object, tol: object, grad: object) -> None:
+    check_positive("epsilon", epsilon)
+    if isinstance(num_iters, bool) or not isinstance(num_iters, int):
+        raise TypeError(f"num_iters must be an int >= 1; got {num_iters!r}")
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be at least 1; got {num_iters}")
+    if tol is not None:
+        check_positive("tol", tol, " or None (run all rounds)")
+    check_choice("grad", grad, GRADS)
+
+
+def check_positive(name: str, value: object, otherwise: str = "") -> None:
+    """A finite Python number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        way_out = f"; pass float({name})" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number > 0{otherwise}; got {type(value).__name__}{way_out}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0{otherwise}; got {value}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,148 @@
+"""For tests and benchmarks: inputs that look like real ones, the float64 oracle, and the tolerance rule.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otfuse import attention
+from otfuse.attention import Marginals
+from otfuse.backends import torch as plain
+from otfuse.backends.base import Backend, Solution
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, cost_problem, token_problem
+
+
+def clustered_tokens(
+    B: int,
+    N: int,
+    M: int,
+    D: int,
+    *,
+    num_topics: int = 8,
+    noise: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Tokens x [B, N, D], y [B, M, D] that share topics, in different proportions, as sound and picture do.
+
+    Independent random tokens are nearly orthogonal: Sinkhorn then converges in a few rounds, and a benchmark
+    or a test on them alone says little. ``noise`` is the size of a token's own part beside its topic's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    topics = torch.randn(B, num_topics, D, generator=generator)
+    popularity = torch.rand(2, B, num_topics, generator=generator) ** 3 + 0.01  # some topics crowd one side
+
+    def tokens(side: int, count: int) -> Tensor:
+        chosen = torch.multinomial(popularity[side], max(count, 1), replacement=True, generator=generator)[:, :count]
+        own = noise * torch.randn(B, count, D, generator=generator)
+        return (topics.gather(1, chosen[..., None].expand(B, count, D)) + own).to(device, dtype)
+
+    return tokens(0, N), tokens(1, M)
+
+
+class SpecificationBackend(Backend):
+    """The log-domain specification behind the same rules for padding, mass and NaN as every backend."""
+
+    name = "specification"
+
+    def unavailable(self) -> list[str]:
+        return []
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return []
+
+    def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
+        def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
+            return plain.specification(s, a, b, problem.epsilon, problem.num_iters, problem.tol)
+
+        return plain.solve(solver, similarity, p)
+
+
+def specified_sinkhorn(
+    cost: Tensor,
+    epsilon: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    num_iters: int = 50,
+    tol: float | None = None,
+) -> SinkhornOutput:
+    """:func:`otfuse.sinkhorn` by the specification, in the dtype of ``cost``; exact when that is float64."""
+    problem = cost_problem(cost, epsilon, a, b, num_iters, tol, "unroll")
+    solution = SpecificationBackend().solve(-cost.to(problem.solve_dtype), attention.marginals(problem), problem)
+    return SinkhornOutput(*solution)
+
+
+def specified_attend(
+    x: Tensor,
+    y: Tensor,
+    epsilon: float = 0.1,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    similarity: str = "cosine",
+    num_iters: int = 50,
+    tol: float | None = None,
+    weights: str = "plan",
+) -> SinkhornAttendOutput:
+    """:func:`otfuse.sinkhorn_attend` by the specification, in the dtype of the tokens, plan included."""
+    problem = token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, "unroll", True)
+    return SpecificationBackend().attend(problem)
+
+
+def per_item_log_domain(similarity: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """Plans [B, N, M] by a Python loop over items, uniform weights: how OT layers are written today.
+
+    The formula of the specification with a hundred small operations an item; the yardstick of the demo and
+    the benchmarks.
+    """
+    plans = []
+    for log_kernel in similarity / epsilon:  # [N, M]
+        N, M = log_kernel.shape
+        log_a = log_kernel.new_full((N,), 1 / N).log()
+        log_b = log_kernel.new_full((M,), 1 / M).log()
+        log_v = torch.zeros_like(log_b)
+        for _ in range(num_iters):
+            log_u = log_a - torch.logsumexp(log_kernel + log_v[None, :], 1)
+            log_v = log_b - torch.logsumexp(log_kernel + log_u[:, None], 0)
+        plans.append(torch.exp(log_kernel + log_u[:, None] + log_v[None, :]))
+    return torch.stack(plans)
+
+
+def assert_as_accurate_as_reference(
+    actual: Tensor,
+    reference: Tensor,
+    exact: Tensor,
+    *,
+    rounding: torch.dtype | None = None,
+    what: str = "result",
+) -> None:
+    """Error of ``actual`` at most twice that of ``reference``, plus one rounding; both against ``exact``.
+
+    Args:
+        actual: what is judged.
+        reference: the same formula in plain PyTorch at the same dtype.
+        exact: the same in float64.
+        rounding: dtype of the one rounding; that of ``actual`` if None.
+        what: named in the failure.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    dtype, special = actual.dtype, ~torch.isfinite(exact)
+    assert torch.equal(_special(actual), _special(exact)), f"{what}: NaN or Inf where there is none, or the reverse"
+    actual, reference, exact = (t.double().masked_fill(special, 0) for t in (actual, reference, exact))
+    if not exact.numel():
+        return
+    error, allowed = (actual - exact).abs().max(), (reference - exact).abs().max()
+    band = torch.finfo(rounding or dtype).eps * exact.abs().max()
+    assert error <= 2 * allowed + band, (
+        f"{what}: error {error:.3g}; the reference at the same dtype has {allowed:.3g}, a rounding is {band:.3g}"
+    )
+
+
+def _special(values: Tensor) -> Tensor:
+    """0 finite, 1 +inf, 2 -inf, 3 NaN."""
+    return torch.isposinf(values) + 2 * torch.isneginf(values) + 3 * torch.isnan(values)

@@ -1,0 +1,152 @@
+"""Packed tokens of different lengths: FlashAttention's ``cu_seqlens`` convention.
+
+Letters: B batch, D features, T tokens of all items one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otfuse.functional import sinkhorn_attend
+from otfuse.problem import SinkhornAttendOutput, check_pair, check_tensor, check_weights
+
+
+def sinkhorn_attend_varlen(
+    x: Tensor,
+    y: Tensor,
+    cu_seqlens_x: Tensor,
+    cu_seqlens_y: Tensor,
+    max_seqlen_x: int,
+    max_seqlen_y: int,
+    epsilon: float = 0.1,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    similarity: str = "cosine",
+    num_iters: int = 50,
+    tol: float | None = None,
+    weights: str = "plan",
+    grad: str = "unroll",
+    return_plan: bool = False,
+    backend: str = "auto",
+) -> SinkhornAttendOutput:
+    """:func:`otfuse.sinkhorn_attend` for items of different lengths, packed without padding.
+
+    Item ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
+
+    Args:
+        x: [T_x, D], the items' tokens one after the other.
+        y: [T_y, D], same dtype and device.
+        cu_seqlens_x: [B+1], int32, non-decreasing from 0 to T_x, on the device of the tokens.
+        cu_seqlens_y: [B+1], int32, likewise for ``y``.
+        max_seqlen_x: Length of the longest item of ``x``; a smaller number makes longer items NaN.
+        max_seqlen_y: Likewise for ``y``.
+        a, b: [T_x], [T_y]: weights or boolean masks, as in :func:`otfuse.sinkhorn_attend`, per item.
+        epsilon, similarity, num_iters, tol, weights, grad, return_plan, backend: as in
+            :func:`otfuse.sinkhorn_attend`.
+
+    Returns:
+        :class:`SinkhornAttendOutput`: x [T_x, D], y [T_y, D]; plan [B, max_seqlen_x, max_seqlen_y], zero outside
+        an item's lengths, or None; f [T_x], g [T_y]; marginal_error [B]; num_iters [B].
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
+        BackendError: the named backend cannot run this; lists every reason.
+
+    Example:
+        >>> import torch, otfuse
+        >>> x, y = torch.randn(7, 16), torch.randn(5, 16)
+        >>> ends_x, ends_y = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 4, 5]).int()
+        >>> otfuse.sinkhorn_attend_varlen(x, y, ends_x, ends_y, max_seqlen_x=4, max_seqlen_y=4).x.shape
+        torch.Size([7, 16])
+    """
+    check_tensor("x", x, "[T_x, D]")
+    check_tensor("y", y, "[T_y, D]")
+    check_pair(x, y, ((1, "feature size D"),))
+    _check_packing("x", cu_seqlens_x, max_seqlen_x, x)
+    _check_packing("y", cu_seqlens_y, max_seqlen_y, y)
+    if cu_seqlens_x.shape != cu_seqlens_y.shape:
+        raise ValueError(
+            f"cu_seqlens_x and cu_seqlens_y must both have length B+1; got {len(cu_seqlens_x)} and {len(cu_seqlens_y)}"
+        )
+    check_weights("a", a, tuple(x.shape[:1]), "[T_x]", x)
+    check_weights("b", b, tuple(y.shape[:1]), "[T_y]", x)
+
+    packing_x, packing_y = (
+        _Packing(cu_seqlens_x, max_seqlen_x, len(x)),
+        _Packing(cu_seqlens_y, max_seqlen_y, len(y)),
+    )
+    out = sinkhorn_attend(
+        packing_x.pad(x),
+        packing_y.pad(y),
+        epsilon,
+        a=packing_x.pad_weights(a),
+        b=packing_y.pad_weights(b),
+        similarity=similarity,
+        num_iters=num_iters,
+        tol=tol,
+        weights=weights,
+        grad=grad,
+        return_plan=return_plan,
+        backend=backend,
+    )
+    return out._replace(
+        x=packing_x.pack(out.x), y=packing_y.pack(out.y), f=packing_x.pack(out.f), g=packing_y.pack(out.g)
+    )
+
+
+class _Packing:
+    """Where each packed token stands in the padded batch, worked out on the device."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()  # [B]
+        places = torch.arange(max_seqlen, device=cu_seqlens.device)
+        source = starts[:, None] + places  # [B, max_seqlen], in the packed tokens
+        self.fits = (ends - starts <= max_seqlen)[:, None]  # [B, 1]
+        self.valid = source < ends[:, None]
+        self.source = source.clamp(0, max(total - 1, 0))
+        tokens = torch.arange(total, device=cu_seqlens.device)
+        self.item = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True).clamp(0, max(len(starts) - 1, 0))
+        self.place = (tokens - starts[self.item] if len(starts) else tokens).clamp(0, max(max_seqlen - 1, 0))
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """[T, D] to [B, max_seqlen, D]."""
+        if not len(tokens):
+            return tokens.new_zeros(*self.valid.shape, tokens.shape[1])
+        return tokens[self.source]
+
+    def pad_weights(self, weights: Tensor | None) -> Tensor:
+        """[T] to [B, max_seqlen]; NaN for an item that was cut off."""
+        if weights is None:
+            weights = self.item >= 0
+        padded = self.valid if not len(weights) else torch.where(self.valid, weights[self.source], 0)
+        padded = padded.float() if padded.dtype == torch.bool else padded
+        return torch.where(self.fits, padded, torch.nan)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, max_seqlen, ...] to [T, ...]."""
+        if not len(self.item):
+            return padded.flatten(0, 1)[:0]
+        return padded[self.item, self.place]
+
+
+def _check_packing(side: str, cu_seqlens: object, max_seqlen: object, tokens: Tensor) -> None:
+    name = f"cu_seqlens_{side}"
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be an int32 torch.Tensor of length B+1; got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise ValueError(f"{name} must have shape [B+1]; got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {cu_seqlens.dtype}; pass {name}.int()")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(
+            f"{name} must be on '{tokens.device}' like the tokens; got '{cu_seqlens.device}'; "
+            f"pass {name}.to('{tokens.device}')"
+        )
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
+        raise TypeError(
+            f"max_seqlen_{side} must be an int; got {type(max_seqlen).__name__}; pass int(max_seqlen_{side})"
+        )
+    if max_seqlen < min(1, len(tokens)):
+        raise ValueError(f"max_seqlen_{side} must be at least 1 where there are tokens; got {max_seqlen}")
