@@ -45,8 +45,9 @@ def marginals(problem: Problem) -> Marginals:
     """The problem's ``a`` and ``b`` as :class:`Marginals`, in the solve dtype, differentiable."""
     B, N, M = problem.shape
     if problem.a is None and problem.b is None:
-        like = problem.values.new_empty(0, dtype=problem.solve_dtype)
-        return Marginals(like.new_full((B, N), 1 / N), like.new_full((B, M), 1 / M), masked=False)
+        dtype, device = problem.solve_dtype, problem.values.device
+        a = torch.full((B, N), 1 / N, dtype=dtype, device=device)
+        return Marginals(a, torch.full((B, M), 1 / M, dtype=dtype, device=device), masked=False)
     a, has_a = _normalised(problem.a, (B, N), problem)
     b, has_b = _normalised(problem.b, (B, M), problem)
     has_mass = has_a & has_b  # [B, 1]
@@ -77,16 +78,39 @@ def without_padding(tokens: Tensor, weights: Tensor, masked: bool) -> Tensor:
 
 def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
     """[B, N, M]. The norms divide the products, not the tokens: one pass less over the features."""
-    products = torch.bmm(x, y.mT)  # [B, N, M]
+    products, turned = token_products(x, y)
+    products = products.mT if turned else products  # [B, N, M]
     if kind == "dot":
         return products
-    return products * _inverse_norm(x)[:, :, None] * _inverse_norm(y)[:, None, :]
+    return products * inverse_norm(x)[:, :, None] * inverse_norm(y)[:, None, :]
 
 
-def _inverse_norm(tokens: Tensor) -> Tensor:
+def token_products(x: Tensor, y: Tensor) -> tuple[Tensor, bool]:
+    """``x yᵀ`` [B, N, M], or ``y xᵀ`` [B, M, N] and True: the longer side inside.
+
+    That way round a batch of 64 x 20 x 768 took two thirds of the time on a CPU.
+    """
+    turned = x.shape[1] > y.shape[1]
+    return (torch.bmm(y, x.mT) if turned else torch.bmm(x, y.mT)), turned
+
+
+def inverse_norm(tokens: Tensor) -> Tensor:
     """[B, N]. A zero token gets similarity zero with everything, and a zero gradient."""
     norm = torch.linalg.vector_norm(tokens, dim=-1)
-    return 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
+    return torch.where(norm == 0, 0, 1 / torch.where(norm == 0, 1, norm))
+
+
+def similarity_gradient(grad: Tensor, similarity: Tensor, x: Tensor, y: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """What ``similarity`` sends back to x and y, written out for ops that compute it themselves."""
+    if kind == "dot":
+        return torch.bmm(grad, y), torch.bmm(grad.mT, x)
+    norm_x, norm_y = inverse_norm(x)[:, :, None], inverse_norm(y)[:, :, None]  # [B, N, 1], [B, M, 1]
+    products = grad * norm_x * norm_y.mT
+    weighed = grad * similarity
+    return (
+        torch.bmm(products, y) - x * norm_x**2 * weighed.sum(2, keepdim=True),
+        torch.bmm(products.mT, x) - y * norm_y**2 * weighed.sum(1, keepdim=True).mT,
+    )
 
 
 def attend(

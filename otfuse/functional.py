@@ -82,7 +82,7 @@ def sinkhorn_attend(
     Source: Rho et al., LAVCap, ICASSP 2025 (arXiv 2501.09291), Eqs. 2, 3 and 5; Cuturi, NeurIPS 2013.
     """
     problem = token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, grad, return_plan)
-    out = attend_in_solve_dtype(problem, backend)
+    out, _ = attend_in_solve_dtype(problem, backend)
     return out._replace(plan=out.plan.to(x.dtype) if return_plan and out.plan is not None else None)
 
 
@@ -158,13 +158,14 @@ def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
         return attention.similarity(attention.solve_precision(x), attention.solve_precision(y), kind).to(x.dtype)
 
 
-def attend_in_solve_dtype(problem: Problem, backend: str) -> SinkhornAttendOutput:
-    """``sinkhorn_attend`` with the plan in the solve dtype, for the loss that needs it so."""
+def attend_in_solve_dtype(problem: Problem, backend: str) -> tuple[SinkhornAttendOutput, Tensor]:
+    """``sinkhorn_attend`` with the plan in the solve dtype, and the similarity it was solved for."""
     chosen = select(problem, backend)
     assert problem.x is not None and problem.y is not None
     with attention.full_precision(problem.x.device):
         if 0 in problem.shape[1:]:
-            return SinkhornAttendOutput(problem.x + 0, problem.y + 0, *_without_tokens(problem))
+            empty = _without_tokens(problem)
+            return SinkhornAttendOutput(problem.x + 0, problem.y + 0, *empty), empty.plan
         return chosen.attend(problem)
 
 
@@ -174,7 +175,7 @@ def _without_tokens(problem: Problem) -> SinkhornOutput:
     empty = problem.values.new_empty(0)
     potentials = empty.to(problem.solve_dtype)
     return SinkhornOutput(
-        empty.new_zeros(B, N, M),
+        empty.new_zeros(B, N, M) if problem.cost is None else problem.cost + 0,
         potentials.new_full((B, N), -float("inf")),
         potentials.new_full((B, M), -float("inf")),
         potentials.new_zeros(B),

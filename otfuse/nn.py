@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from otfuse import functional
-from otfuse.attention import solve_precision
 from otfuse.loss import ot_alignment_loss
 from otfuse.problem import SinkhornAttendOutput, token_problem
 
@@ -134,9 +133,8 @@ class OTFusion(torch.nn.Module):
         problem = token_problem(
             x, y, o.epsilon, a, b, o.similarity, o.num_iters, o.tol, o.weights, o.grad, return_plan=True
         )
-        out = functional.attend_in_solve_dtype(problem, o.backend)
+        out, similarity = functional.attend_in_solve_dtype(problem, o.backend)
         assert out.plan is not None
-        similarity = functional.similarity_matrix(solve_precision(x), solve_precision(y), o.similarity)
         loss = ot_alignment_loss(
             out.plan,
             similarity,

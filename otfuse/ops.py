@@ -1,7 +1,8 @@
 """The registered ops: schemas, fake kernels, derivatives, batching rules. Imports torch only.
 
-``otfuse::sinkhorn_cpu`` solves a batch, ``otfuse::sinkhorn_cpu_backward`` is its gradient (and can itself be
-differentiated, by way of plain PyTorch). A wrapper class would cost more at every call than these do.
+``otfuse::sinkhorn_cpu`` solves a batch of similarities, ``otfuse::sinkhorn_tokens_cpu`` one of tokens (it makes the
+similarity as well); ``otfuse::sinkhorn_cpu_backward`` is the gradient of the solve for both, and can itself be
+differentiated, by way of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,36 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otfuse import attention
 from otfuse.backends import cpu
 from otfuse.backends import torch as plain
+from otfuse.registration import register_autograd
+
+_OPTIONS = "float epsilon, int num_iters, float tol, bool implicit"
+_SOLUTION = "Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
 
 _library = torch.library.Library("otfuse", "DEF")
+_library.define(f"sinkhorn_cpu(Tensor similarity, Tensor a, Tensor b, {_OPTIONS}, bool history) -> ({_SOLUTION})")
 _library.define(
-    "sinkhorn_cpu(Tensor similarity, Tensor a, Tensor b, float epsilon, int num_iters, float tol, bool implicit, "
-    "bool history) -> (Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor u_history, "
-    "Tensor v_history, Tensor forms, Tensor shifts)"
+    f"sinkhorn_tokens_cpu(Tensor x, Tensor y, Tensor a, Tensor b, bool cosine, {_OPTIONS}, bool history) "
+    f"-> (Tensor similarity, {_SOLUTION})"
 )
 _library.define(
-    "sinkhorn_cpu_backward(Tensor similarity, Tensor a, Tensor b, float epsilon, int num_iters, float tol, "
-    "bool implicit, Tensor plan, Tensor rounds, Tensor u_history, Tensor v_history, Tensor forms, Tensor shifts, "
-    "Tensor grad_plan, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor, Tensor)"
+    f"sinkhorn_cpu_backward(Tensor similarity, Tensor a, Tensor b, {_OPTIONS}, Tensor plan, Tensor rounds, "
+    "Tensor history, Tensor grad_plan, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("sinkhorn_cpu", cpu.launch_sinkhorn, "CPU")
+_library.impl("sinkhorn_tokens_cpu", cpu.launch_sinkhorn_tokens, "CPU")
 _library.impl("sinkhorn_cpu_backward", cpu.launch_sinkhorn_backward, "CPU")
 
 
 @torch.library.register_fake("otfuse::sinkhorn_cpu")
-def _(
-    similarity: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: float,
-    num_iters: int,
-    tol: float,
-    implicit: bool,
-    history: bool,
-) -> tuple[Tensor, ...]:
-    return cpu.new_outputs(similarity, num_iters if history else 0)
+def _(similarity: Tensor, a: Tensor, b: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return cpu.new_outputs(similarity, options[1], options[4])
+
+
+@torch.library.register_fake("otfuse::sinkhorn_tokens_cpu")
+def _(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cosine: bool, *options: Any) -> tuple[Tensor, ...]:
+    similarity = x.new_empty(x.shape[0], x.shape[1], y.shape[1])
+    return similarity, *cpu.new_outputs(similarity, options[1], options[4])
 
 
 @torch.library.register_fake("otfuse::sinkhorn_cpu_backward")
@@ -51,25 +54,43 @@ def _(similarity: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     similarity, a, b, *ctx.options, _ = inputs
-    plan, _, _, marginal_error, rounds, *history = output
-    ctx.mark_non_differentiable(marginal_error, rounds, *history)
-    ctx.save_for_backward(similarity, a, b, plan, rounds, *history)
+    _keep(ctx, (a, b), similarity, output)
 
 
-def _backward(
-    ctx: Any, grad_plan: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
-    similarity, a, b, plan, *saved = ctx.saved_tensors
-    implicit = ctx.options[3]
-    if not implicit and saved[1].shape[1] == 0:  # asked for a gradient that could not be foreseen (a transform's)
-        plan, _, _, _, *saved = torch.ops.otfuse.sinkhorn_cpu(similarity, a, b, *ctx.options, True)
-    grads = (
-        torch.zeros_like(plan) if grad_plan is None else grad_plan,
-        torch.zeros_like(a) if grad_f is None else grad_f,
-        torch.zeros_like(b) if grad_g is None else grad_g,
-    )
-    gradients = torch.ops.otfuse.sinkhorn_cpu_backward(similarity, a, b, *ctx.options, plan, *saved, *grads)
-    return (*gradients, *[None] * 5)
+def _setup_tokens_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, a, b, cosine, *ctx.options, _ = inputs
+    ctx.kind = "cosine" if cosine else "dot"
+    _keep(ctx, (a, b), output[0], output[1:], x, y)
+
+
+def _keep(
+    ctx: Any, weights: tuple[Tensor, Tensor], similarity: Tensor, solution: tuple[Tensor, ...], *tokens: Tensor
+) -> None:
+    plan, _, _, marginal_error, rounds, history = solution
+    ctx.mark_non_differentiable(marginal_error, rounds, history)
+    ctx.save_for_backward(*tokens, similarity, *weights, plan, rounds, history)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return (*_solve_gradient(ctx.saved_tensors, ctx.options, grads), *[None] * 5)
+
+
+def _tokens_backward(ctx: Any, grad_similarity: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    x, y, similarity, *_ = ctx.saved_tensors
+    grad, grad_a, grad_b = _solve_gradient(ctx.saved_tensors[2:], ctx.options, grads)
+    grad = grad if grad_similarity is None else grad + grad_similarity
+    return (*attention.similarity_gradient(grad, similarity, x, y, ctx.kind), grad_a, grad_b, *[None] * 6)
+
+
+def _solve_gradient(
+    saved: tuple[Tensor, ...], options: list[Any], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    similarity, a, b, plan, rounds, history = saved
+    implicit = options[3]
+    if not implicit and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
+        plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(similarity, a, b, *options, True)
+    incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
+    return torch.ops.otfuse.sinkhorn_cpu_backward(similarity, a, b, *options, plan, rounds, history, *incoming)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -91,20 +112,22 @@ def _second_order(
     tol: float | None,
     grads: tuple[Tensor | None, ...],
 ) -> tuple[Any, ...]:
-    """Gradient of the gradient, by autograd through plain PyTorch."""
-    with torch.enable_grad():
-        values = [tensor.detach().requires_grad_() for tensor in saved]
-        similarity, a, b, *outer = values
+    """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
+
+    def solve(similarity: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         solution = plain.solve(
             lambda s, a, b: plain.scaling(s, a, b, epsilon, num_iters, tol),
             similarity,
             plain.Marginals(a, b, masked=True),
         )
-        outputs = [_no_infinity(output) for output in solution[:3]]
-        first = torch.autograd.grad(outputs, values[:3], outer, create_graph=True)
-        wanted = [(g, grad) for g, grad in zip(first, grads) if grad is not None]
-        second = torch.autograd.grad([g for g, _ in wanted], values, [grad for _, grad in wanted], allow_unused=True)
-    return (*second[:3], *[None] * 10, *second[3:])
+        return tuple(_no_infinity(output) for output in solution[:3])
+
+    def first(similarity: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(solve, similarity, a, b)[1](outer)
+
+    gradient, pull_back = torch.func.vjp(first, *saved)[:2]
+    second = pull_back(tuple(torch.zeros_like(g) if grad is None else grad for g, grad in zip(gradient, grads)))
+    return (*second[:3], *[None] * 7, *second[3:])
 
 
 def _no_infinity(potential: Tensor) -> Tensor:
@@ -129,9 +152,8 @@ def _batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, 
     return rule
 
 
-torch.library.register_autograd("otfuse::sinkhorn_cpu", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "otfuse::sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context
-)
-torch.library.register_vmap("otfuse::sinkhorn_cpu", _batched(torch.ops.otfuse.sinkhorn_cpu))
-torch.library.register_vmap("otfuse::sinkhorn_cpu_backward", _batched(torch.ops.otfuse.sinkhorn_cpu_backward))
+register_autograd(_library, "sinkhorn_cpu", _backward, setup_context=_setup_context)
+register_autograd(_library, "sinkhorn_tokens_cpu", _tokens_backward, setup_context=_setup_tokens_context)
+register_autograd(_library, "sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context)
+for _name in ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward"):
+    torch.library.register_vmap(f"otfuse::{_name}", _batched(getattr(torch.ops.otfuse, _name)))

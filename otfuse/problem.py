@@ -143,12 +143,17 @@ def check_tensor(name: str, value: object, shape: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
     dims = shape.count(",") + 1
     if value.dim() != dims:
-        missing = dims - value.dim()
-        way_out = f"; for a single item pass {name}[None]" if missing == 1 and shape.startswith("[B") else ""
+        missing, way_out = dims - value.dim(), ""
+        if shape.startswith("[B") and missing == 1:
+            way_out = f"; for a single item pass {name}[None]"
+        elif shape.startswith("[B") and missing < 0:
+            way_out = f"; for more than one batch dimension pass {name}.flatten(0, {-missing})"
+        elif shape.startswith("[T") and missing == -1:
+            way_out = "; for padded tokens call sinkhorn_attend"
         raise ValueError(f"{name} must have shape {shape}; got {list(value.shape)}{way_out}")
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16; got {_name(value.dtype)}; pass {name}.float()"
+            f"{name} must be float64, float32, bfloat16 or float16; got {dtype_name(value.dtype)}; pass {name}.float()"
         )
 
 
@@ -162,7 +167,7 @@ def check_pair(x: Tensor, y: Tensor, same: tuple[tuple[int, str], ...], names: t
             )
     if x.dtype != y.dtype:
         raise TypeError(
-            f"{first} and {second} must have one dtype; got {_name(x.dtype)} and {_name(y.dtype)}; "
+            f"{first} and {second} must have one dtype; got {dtype_name(x.dtype)} and {dtype_name(y.dtype)}; "
             f"pass {second}.to({first}.dtype)"
         )
     if x.device != y.device:
@@ -184,7 +189,7 @@ def check_weights(name: str, value: object, shape: tuple[int, ...], letters: str
         raise ValueError(f"{name} must have shape {letters} = {list(shape)}; got {list(value.shape)}")
     if value.dtype != torch.bool and value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must hold floating-point weights or be a boolean mask; got {_name(value.dtype)}; "
+            f"{name} must hold floating-point weights or be a boolean mask; got {dtype_name(value.dtype)}; "
             f"pass {name}.bool() for a mask or {name}.float() for weights"
         )
     if value.device != like.device:
@@ -197,7 +202,7 @@ def check_weights(name: str, value: object, shape: tuple[int, ...], letters: str
 def check_solver(epsilon: object, num_iters: object, tol: object, grad: object) -> None:
     check_positive("epsilon", epsilon)
     if isinstance(num_iters, bool) or not isinstance(num_iters, int):
-        raise TypeError(f"num_iters must be an int >= 1; got {num_iters!r}")
+        raise TypeError(f"num_iters must be an int >= 1; got {num_iters!r}{_convert('int', 'num_iters', num_iters)}")
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1; got {num_iters}")
     if tol is not None:
@@ -208,7 +213,7 @@ def check_solver(epsilon: object, num_iters: object, tol: object, grad: object) 
 def check_positive(name: str, value: object, otherwise: str = "") -> None:
     """A finite Python number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        way_out = f"; pass float({name})" if isinstance(value, Tensor) else ""
+        way_out = _convert("float", name, value)
         raise TypeError(f"{name} must be a number > 0{otherwise}; got {type(value).__name__}{way_out}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0{otherwise}; got {value}")
@@ -220,5 +225,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _convert(kind: str, name: str, value: object) -> str:
+    """The way out for a number of another library: a tensor of one element, a numpy scalar."""
+    return f"; pass {kind}({name})" if hasattr(value, f"__{kind}__") and not isinstance(value, bool) else ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

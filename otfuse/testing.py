@@ -91,7 +91,7 @@ def specified_attend(
 ) -> SinkhornAttendOutput:
     """:func:`otfuse.sinkhorn_attend` by the specification, in the dtype of the tokens, plan included."""
     problem = token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, "unroll", True)
-    return SpecificationBackend().attend(problem)
+    return SpecificationBackend().attend(problem)[0]
 
 
 def per_item_log_domain(similarity: Tensor, epsilon: float, num_iters: int) -> Tensor:
@@ -119,6 +119,7 @@ def assert_as_accurate_as_reference(
     exact: Tensor,
     *,
     rounding: torch.dtype | None = None,
+    scale: float | None = None,
     what: str = "result",
 ) -> None:
     """Error of ``actual`` at most twice that of ``reference``, plus one rounding; both against ``exact``.
@@ -128,6 +129,7 @@ def assert_as_accurate_as_reference(
         reference: the same formula in plain PyTorch at the same dtype.
         exact: the same in float64.
         rounding: dtype of the one rounding; that of ``actual`` if None.
+        scale: size of what is rounded, for a difference of larger things; the largest of ``exact`` if None.
         what: named in the failure.
     """
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
@@ -137,7 +139,7 @@ def assert_as_accurate_as_reference(
     if not exact.numel():
         return
     error, allowed = (actual - exact).abs().max(), (reference - exact).abs().max()
-    band = torch.finfo(rounding or dtype).eps * exact.abs().max()
+    band = torch.finfo(rounding or dtype).eps * (exact.abs().max() if scale is None else scale)
     assert error <= 2 * allowed + band, (
         f"{what}: error {error:.3g}; the reference at the same dtype has {allowed:.3g}, a rounding is {band:.3g}"
     )

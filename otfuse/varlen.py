@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otfuse.functional import sinkhorn_attend
-from otfuse.problem import SinkhornAttendOutput, check_pair, check_tensor, check_weights
+from otfuse.problem import SinkhornAttendOutput, check_pair, check_tensor, check_weights, dtype_name
 
 
 def sinkhorn_attend_varlen(
@@ -77,12 +77,13 @@ def sinkhorn_attend_varlen(
         _Packing(cu_seqlens_x, max_seqlen_x, len(x)),
         _Packing(cu_seqlens_y, max_seqlen_y, len(y)),
     )
+    fits = packing_x.fits & packing_y.fits  # [B, 1]
     out = sinkhorn_attend(
         packing_x.pad(x),
         packing_y.pad(y),
         epsilon,
-        a=packing_x.pad_weights(a),
-        b=packing_y.pad_weights(b),
+        a=packing_x.pad_weights(a, fits),
+        b=packing_y.pad_weights(b, fits),
         similarity=similarity,
         num_iters=num_iters,
         tol=tol,
@@ -116,13 +117,13 @@ class _Packing:
             return tokens.new_zeros(*self.valid.shape, tokens.shape[1])
         return tokens[self.source]
 
-    def pad_weights(self, weights: Tensor | None) -> Tensor:
-        """[T] to [B, max_seqlen]; NaN for an item that was cut off."""
+    def pad_weights(self, weights: Tensor | None, fits: Tensor) -> Tensor:
+        """[T] to [B, max_seqlen]; NaN for an item that was cut off, on both sides, or it might pass as empty."""
         if weights is None:
             weights = self.item >= 0
         padded = self.valid if not len(weights) else torch.where(self.valid, weights[self.source], 0)
         padded = padded.float() if padded.dtype == torch.bool else padded
-        return torch.where(self.fits, padded, torch.nan)
+        return torch.where(fits, padded, torch.nan)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, max_seqlen, ...] to [T, ...]."""
@@ -138,7 +139,7 @@ def _check_packing(side: str, cu_seqlens: object, max_seqlen: object, tokens: Te
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{name} must have shape [B+1]; got {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {cu_seqlens.dtype}; pass {name}.int()")
+        raise TypeError(f"{name} must be int32; got {dtype_name(cu_seqlens.dtype)}; pass {name}.int()")
     if cu_seqlens.device != tokens.device:
         raise ValueError(
             f"{name} must be on '{tokens.device}' like the tokens; got '{cu_seqlens.device}'; "

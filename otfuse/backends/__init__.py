@@ -17,7 +17,7 @@ from otfuse.problem import Problem
 BACKENDS: tuple[Backend, ...] = (TpcBackend(), TritonBackend(), CpuBackend(), TorchBackend())
 
 _logger = logging.getLogger("otfuse")
-_logged: set[tuple[str, ...]] = set()
+_logged: set[tuple[object, ...]] = set()
 
 
 def backends() -> dict[str, list[str]]:
@@ -50,22 +50,21 @@ def select(problem: Problem, name: str) -> Backend:
 
 
 def _first(problem: Problem) -> Backend:
-    passed_over: list[str] = []
     for backend in BACKENDS:
-        reasons = backend.why_not(problem)
-        if not reasons:
-            _log_once(backend, passed_over)
+        # What the problem rules out is seen faster than what the machine lacks.
+        if not backend.unsupported(problem) and not backend.unavailable():
+            _log_once(backend, problem)
             return backend
-        passed_over.append(f"{backend.name}: {'; '.join(reasons)}")
     raise AssertionError("the torch backend runs everything")
 
 
-def _log_once(backend: Backend, passed_over: list[str]) -> None:
+def _log_once(backend: Backend, problem: Problem) -> None:
     if is_compiling():
         return
-    key = (backend.name, *passed_over)
+    key = (backend.name, problem.values.device.type, problem.values.dtype)
     if key not in _logged:
         _logged.add(key)
+        passed_over = [f"{b.name}: {'; '.join(b.why_not(problem))}" for b in BACKENDS[: BACKENDS.index(backend)]]
         _logger.info("using backend '%s' (passed over: %s)", backend.name, " | ".join(passed_over) or "none")
 
 

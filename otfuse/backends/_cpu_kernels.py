@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 NO_MASS, SCALING, ABSORBED, NOT_FINITE = 0, 1, 2, 3
 
 # Sums may be reordered and fused; NaN and infinities keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+LIKE = {4: np.float32(0), 8: np.float64(0)}  # by size in bytes: picks the compiled version
 LANES = 16
+GATHER = 64  # lines whose contributions are summed one after the other; a multiple of four
 SMALL_SIDE, SMALL_ITEM = 64, 1 << 14  # thin: min(N, M) up to the first; small: N M up to the second
 
 
@@ -36,7 +38,24 @@ def _as_float32(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
-@njit(nogil=True, cache=True, inline="always")
+@intrinsic
+def _pointer(typingctx, address, like):
+    """The address of numbers of the type of ``like``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), codegen
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _array(address, shape, like):
+    """A contiguous array where a tensor lies. The launchers hand over addresses, since a call has some twenty
+    tensors, and making a numpy array of each costs more than solving a small item."""
+    return carray(_pointer(address, like), shape)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _polynomial(r, n):
     """exp(r) 2^n for |r| <= ln 2 / 2 (Cephes' coefficients); zero below the smallest normal number."""
     p = np.float32(1.9875691500e-4)
@@ -76,17 +95,17 @@ def _exp_overload(x, like):
     return exp_float32 if x == types.float32 else exp_reduced
 
 
-@njit(nogil=True, cache=True)
-def _exp_row(out, values, shift, scale, live):
-    """out = exp((values - shift) scale) where live, else 0."""
+@njit(nogil=True, cache=True, error_model="numpy")
+def _exp_row(out, values, shift, scale, live, dense):
+    """out = exp((values - shift) scale) where live, else 0; ``dense`` says that all are, and live is not read."""
     for j in range(values.shape[0]):
-        if live[j] != 0:
+        if dense or live[j] != 0:
             out[j] = _exp((values[j] - shift) * scale, values[j])
         else:
             out[j] = 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _fold_row(out, values, scale, log_row, log_columns, live):
     """out = exp(values scale + log_row + log_columns) where live, else 0; the sum is taken in float64."""
     for j in range(values.shape[0]):
@@ -96,134 +115,157 @@ def _fold_row(out, values, scale, log_row, log_columns, live):
             out[j] = 0
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _hand_over(part, whole):
+    for i in range(part.shape[0]):
+        whole[i] += part[i]
+        part[i] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def pass_divide(K, inner, marginal, sums, outer, gathered):
     """A round in one pass: sums = K inner; outer = marginal / sums; gathered = Kᵀ outer.
 
     Four outer lines at a time share each load of ``inner`` and each store of ``gathered``.
     """
     lines, length = K.shape
-    gathered[:] = 0
     zero = K.dtype.type(0)
-    o = 0
-    while o + 4 <= lines:
-        K0, K1, K2, K3 = K[o], K[o + 1], K[o + 2], K[o + 3]
+    gathered[:] = 0
+    # In float32 a sum of hundreds of lines one after the other would lose a digit: gather in two steps.
+    part = gathered if lines <= GATHER else np.zeros(length, gathered.dtype)
+    for block in range(lines // 4):
+        o = 4 * block
         s0 = s1 = s2 = s3 = zero
         for i in range(length):
             w = inner[i]
-            s0 += K0[i] * w
-            s1 += K1[i] * w
-            s2 += K2[i] * w
-            s3 += K3[i] * w
-        sums[o], sums[o + 1], sums[o + 2], sums[o + 3] = s0, s1, s2, s3
+            s0 += K[o, i] * w
+            s1 += K[o + 1, i] * w
+            s2 += K[o + 2, i] * w
+            s3 += K[o + 3, i] * w
         w0 = marginal[o] / s0 if marginal[o] != 0 else zero
         w1 = marginal[o + 1] / s1 if marginal[o + 1] != 0 else zero
         w2 = marginal[o + 2] / s2 if marginal[o + 2] != 0 else zero
         w3 = marginal[o + 3] / s3 if marginal[o + 3] != 0 else zero
+        sums[o], sums[o + 1], sums[o + 2], sums[o + 3] = s0, s1, s2, s3
         outer[o], outer[o + 1], outer[o + 2], outer[o + 3] = w0, w1, w2, w3
         for i in range(length):
-            gathered[i] += (K0[i] * w0 + K1[i] * w1) + (K2[i] * w2 + K3[i] * w3)
-        o += 4
-    while o < lines:
-        K0 = K[o]
+            part[i] += (K[o, i] * w0 + K[o + 1, i] * w1) + (K[o + 2, i] * w2 + K[o + 3, i] * w3)
+        if lines > GATHER and (o + 4) % GATHER == 0:
+            _hand_over(part, gathered)
+    for o in range(lines // 4 * 4, lines):
         s0 = zero
         for i in range(length):
-            s0 += K0[i] * inner[i]
-        sums[o] = s0
+            s0 += K[o, i] * inner[i]
         w0 = marginal[o] / s0 if marginal[o] != 0 else zero
-        outer[o] = w0
+        sums[o], outer[o] = s0, w0
         for i in range(length):
-            gathered[i] += K0[i] * w0
-        o += 1
+            part[i] += K[o, i] * w0
+    if lines > GATHER:
+        _hand_over(part, gathered)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def pass_affine(K, inner, offset, slope, outer, gathered):
     """outer = offset + slope (K inner); gathered = Kᵀ outer: a round of the backward, a step of CG."""
     lines, length = K.shape
-    gathered[:] = 0
     zero = inner.dtype.type(0)
-    o = 0
-    while o + 4 <= lines:
-        K0, K1, K2, K3 = K[o], K[o + 1], K[o + 2], K[o + 3]
+    gathered[:] = 0
+    # In float32 a sum of hundreds of lines one after the other would lose a digit: gather in two steps.
+    part = gathered if lines <= GATHER else np.zeros(length, gathered.dtype)
+    for block in range(lines // 4):
+        o = 4 * block
         s0 = s1 = s2 = s3 = zero
         for i in range(length):
             w = inner[i]
-            s0 += K0[i] * w
-            s1 += K1[i] * w
-            s2 += K2[i] * w
-            s3 += K3[i] * w
+            s0 += K[o, i] * w
+            s1 += K[o + 1, i] * w
+            s2 += K[o + 2, i] * w
+            s3 += K[o + 3, i] * w
         w0 = offset[o] + slope[o] * s0
         w1 = offset[o + 1] + slope[o + 1] * s1
         w2 = offset[o + 2] + slope[o + 2] * s2
         w3 = offset[o + 3] + slope[o + 3] * s3
         outer[o], outer[o + 1], outer[o + 2], outer[o + 3] = w0, w1, w2, w3
         for i in range(length):
-            gathered[i] += (K0[i] * w0 + K1[i] * w1) + (K2[i] * w2 + K3[i] * w3)
-        o += 4
-    while o < lines:
-        K0 = K[o]
+            part[i] += (K[o, i] * w0 + K[o + 1, i] * w1) + (K[o + 2, i] * w2 + K[o + 3, i] * w3)
+        if lines > GATHER and (o + 4) % GATHER == 0:
+            _hand_over(part, gathered)
+    for o in range(lines // 4 * 4, lines):
         s0 = zero
         for i in range(length):
-            s0 += K0[i] * inner[i]
+            s0 += K[o, i] * inner[i]
         w0 = offset[o] + slope[o] * s0
         outer[o] = w0
         for i in range(length):
-            gathered[i] += K0[i] * w0
-        o += 1
+            part[i] += K[o, i] * w0
+    if lines > GATHER:
+        _hand_over(part, gathered)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _weight_range(weights):
+    """(sum, smallest, largest) of the weights that are not zero, and whether that is all of them."""
+    mass, low, high, dense = 0.0, np.inf, 0.0, True
+    for i in range(weights.shape[0]):
+        mass += weights[i]
+        if weights[i] != 0:
+            low, high = min(low, weights[i]), max(high, weights[i])
+        else:
+            dense = False
+    return mass, low, high, dense
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _survey(S, a, b, scale):
-    """(form, max S) of one item, decided by the spread of log K and of the weights that scalings must span."""
-    mass_a = mass_b = 0.0
-    low_a = low_b = np.inf
-    high_a = high_b = 0.0
-    for i in range(a.shape[0]):
-        mass_a += a[i]
-        if a[i] != 0:
-            low_a, high_a = min(low_a, a[i]), max(high_a, a[i])
-    for j in range(b.shape[0]):
-        mass_b += b[j]
-        if b[j] != 0:
-            low_b, high_b = min(low_b, b[j]), max(high_b, b[j])
+    """(form, max S, dense): the form by the spread of log K and of the weights that scalings must span."""
+    mass_a, low_a, high_a, dense_a = _weight_range(a)
+    mass_b, low_b, high_b, dense_b = _weight_range(b)
+    dense = dense_a and dense_b
     if mass_a == 0 or mass_b == 0:
-        return NO_MASS, 0.0
+        return NO_MASS, 0.0, dense
     finite = mass_a * 0 + mass_b * 0 == 0
     low, high = S.dtype.type(np.inf), S.dtype.type(-np.inf)
-    for i in range(a.shape[0]):
-        if a[i] != 0:
-            finite = finite and _row_is_finite(S[i], b)
-            row_low, row_high = _row_range(S[i], b)
-            low, high = min(low, row_low), max(high, row_high)
+    if dense:
+        entries = S.reshape(S.size)
+        finite = finite and _is_finite(entries, b, True)
+        if finite:
+            low, high = _range(entries, b, True)
+    else:
+        for i in range(a.shape[0]):
+            if a[i] != 0:
+                finite = finite and _is_finite(S[i], b, False)
+                if finite:
+                    row_low, row_high = _range(S[i], b, False)
+                    low, high = min(low, row_low), max(high, row_high)
     if not finite:
-        return NOT_FINITE, 0.0
+        return NOT_FINITE, 0.0, dense
     spread = (float(high) - float(low)) * scale
     weights_spread = math.log(high_a / low_a) + math.log(high_b / low_b)
     most = 40.0 if S.itemsize == 4 else 300.0
-    return (SCALING if spread <= most and spread + weights_spread <= 1.5 * most else ABSORBED), float(high)
+    form = SCALING if spread <= most and spread + weights_spread <= 1.5 * most else ABSORBED
+    return form, float(high), dense
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def _row_is_finite(values, live):
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _is_finite(values, live, dense):
     zero = values.dtype.type(0)
     poison = zero
     for j in range(values.shape[0]):
-        poison += values[j] * zero if live[j] != 0 else zero
+        poison += values[j] * zero if dense or live[j] != 0 else zero
     return poison == 0
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _row_range(values, live):
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _range(values, live, dense):
     """Only for finite values: the flags that let a minimum be vectorised exclude NaN."""
     low, high = values.dtype.type(np.inf), values.dtype.type(-np.inf)
     for j in range(values.shape[0]):
-        low = min(low, values[j] if live[j] != 0 else low)
-        high = max(high, values[j] if live[j] != 0 else high)
+        low = min(low, values[j] if dense or live[j] != 0 else low)
+        high = max(high, values[j] if dense or live[j] != 0 else high)
     return low, high
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _log_round(S, a, b, scale, log_v, log_u):
     """One round in the log domain, float64 sums: log_u from log_v, then log_v from log_u."""
     N, M = S.shape
@@ -251,7 +293,7 @@ def _log_round(S, a, b, scale, log_v, log_u):
         log_v[j] = math.log(b[j]) - columns_max[j] - math.log(columns_sum[j]) if b[j] != 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _kernel_scratch(N, M, like):
     """(K, columns_outer). K is empty for a large item: it then stands in place of an output [N, M]."""
     if min(N, M) > SMALL_SIDE and N * M > SMALL_ITEM:
@@ -260,17 +302,20 @@ def _kernel_scratch(N, M, like):
     return np.zeros((lines, (length + LANES - 1) // LANES * LANES), like.dtype), N > M
 
 
-@njit(nogil=True, cache=True)
-def _fill(K, columns_outer, place, S, a, b, form, shift, scale, log_u, log_v):
+@njit(nogil=True, cache=True, error_model="numpy")
+def _fill(K, columns_outer, place, S, a, b, dense, form, shift, scale, log_u, log_v):
     """Make the kernel matrix in ``place`` [N, M], and copy it to K where K has memory of its own."""
     N, M = S.shape
-    for i in range(N):
-        if a[i] == 0:
-            place[i, :] = 0
-        elif form == SCALING:
-            _exp_row(place[i], S[i], S.dtype.type(shift), S.dtype.type(scale), b)
-        else:
-            _fold_row(place[i], S[i], scale, log_u[i], log_v, b)
+    if dense and form == SCALING:
+        _exp_row(place.reshape(N * M), S.reshape(N * M), S.dtype.type(shift), S.dtype.type(scale), b, True)
+    else:
+        for i in range(N):
+            if a[i] == 0:
+                place[i, :] = 0
+            elif form == SCALING:
+                _exp_row(place[i], S[i], S.dtype.type(shift), S.dtype.type(scale), b, False)
+            else:
+                _fold_row(place[i], S[i], scale, log_u[i], log_v, b)
     if columns_outer:
         for j in range(M):
             for i in range(N):
@@ -279,20 +324,20 @@ def _fill(K, columns_outer, place, S, a, b, form, shift, scale, log_u, log_v):
         K[:N, :M] = place
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _ones_where(live, out):
     for i in range(live.shape[0]):
         out[i] = 1 if live[i] != 0 else 0
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _divide(marginal, sums, out):
     zero = out.dtype.type(0)
     for i in range(marginal.shape[0]):
         out[i] = marginal[i] / sums[i] if marginal[i] != 0 else zero
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _row_error(u, rows, a):
     total = 0.0
     for i in range(a.shape[0]):
@@ -300,7 +345,7 @@ def _row_error(u, rows, a):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _start(K, columns_outer, a, b, u, v, next_u, sums, gathered):
     """From v alone, what the first round divides by: the row sums K v (and with rows outer, its u at once)."""
     if columns_outer:
@@ -310,20 +355,19 @@ def _start(K, columns_outer, a, b, u, v, next_u, sums, gathered):
         pass_divide(K, v, a, sums, next_u, gathered)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _round(K, columns_outer, a, b, u, v, next_u, sums, gathered):
-    """One round, rows then columns, in one pass; returns the L1 error of the rows after it."""
+    """One round, rows then columns, in one pass; leaves K v in ``gathered`` or ``sums``, whichever is the rows'."""
     if columns_outer:
         _divide(a, gathered, u)
         pass_divide(K, u, b, sums, v, gathered)
-        return _row_error(u, gathered, a)
-    u[:] = next_u
-    _divide(b, gathered, v)
-    pass_divide(K, v, a, sums, next_u, gathered)
-    return _row_error(u, sums, a)
+    else:
+        u[:] = next_u
+        _divide(b, gathered, v)
+        pass_divide(K, v, a, sums, next_u, gathered)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _drift(w, live, limit):
     """How far live scalings are from one: 0 within e^limit, 1 beyond it, 2 beyond what can be trusted."""
     low, high = math.exp(-limit), math.exp(limit)
@@ -336,7 +380,7 @@ def _drift(w, live, limit):
     return worst
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _absorb(w, live, log_w):
     """Fold live scalings into their logarithms, leaving ones."""
     for i in range(live.shape[0]):
@@ -345,7 +389,7 @@ def _absorb(w, live, log_w):
             w[i] = 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _record(history, form, w, live, log_w):
     """SCALING keeps scalings, ABSORBED their full logarithms."""
     if form == SCALING:
@@ -355,12 +399,12 @@ def _record(history, form, w, live, log_w):
             history[i] = log_w[i] + math.log(w[i]) if live[i] != 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history):
     """Returns (marginal_error, rounds run, form, max S)."""
     N, M = S.shape
     scale = 1.0 / epsilon
-    form, shift = _survey(S, a, b, scale)
+    form, shift, dense = _survey(S, a, b, scale)
     if form in (NO_MASS, NOT_FINITE):
         plan[:, :] = 0 if form == NO_MASS else np.nan
         f[:] = -np.inf if form == NO_MASS else np.nan
@@ -377,6 +421,7 @@ def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, 
     log_u, log_v = np.zeros(N), np.zeros(M)  # what is folded into K
     limit = 20.0 if S.itemsize == 4 else 150.0
 
+    rows = gathered if columns_outer else sums  # K v
     done, error = 0, np.inf
     _ones_where(b, v)
     if form == SCALING:
@@ -388,14 +433,15 @@ def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, 
         if u_history.shape[0] > 0:
             _record(u_history[0], form, u, a, log_u)
             _record(v_history[0], form, v, b, log_v)
-    _fill(K, columns_outer, plan, S, a, b, form, shift, scale, log_u, log_v)
+    _fill(K, columns_outer, plan, S, a, b, dense, form, shift, scale, log_u, log_v)
     _start(K, columns_outer, a, b, u, v, next_u, sums, gathered)
-    if done == 1:
-        error = _row_error(u, gathered if columns_outer else sums, a)
+    if done == 1 and tol > 0:
+        error = _row_error(u, rows, a)
 
     while done < num_iters and not error < tol:
-        previous_v[:] = v
-        error = _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
+        if form == ABSORBED:
+            previous_v[:] = v
+        _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
         if form == ABSORBED:
             drift = max(_drift(u, a, limit), _drift(v, b, limit))
             if drift == 1:
@@ -407,13 +453,15 @@ def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, 
                 _ones_where(a, u)
                 _ones_where(b, v)
             if drift > 0:
-                _fill(K, columns_outer, plan, S, a, b, form, shift, scale, log_u, log_v)
+                _fill(K, columns_outer, plan, S, a, b, dense, form, shift, scale, log_u, log_v)
                 _start(K, columns_outer, a, b, u, v, next_u, sums, gathered)
-                error = _row_error(u, gathered if columns_outer else sums, a)
+        if tol > 0:
+            error = _row_error(u, rows, a)
         if u_history.shape[0] > 0:
             _record(u_history[done], form, u, a, log_u)
             _record(v_history[done], form, v, b, log_v)
         done += 1
+    error = _row_error(u, rows, a)
 
     for i in range(N):
         for j in range(M):
@@ -424,36 +472,98 @@ def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, 
     return error, done, form, shift
 
 
-@njit(nogil=True, cache=True)
-def solve_items(
+@njit(nogil=True, cache=True, error_model="numpy")
+def _outputs(like, shape, kept, addresses):
+    """plan, f, g, marginal_error, rounds; history [B, 1 + T, N + M] if kept: form and max S, then u and v by round."""
+    B, N, M = shape
+    plan, f, g, marginal_error, rounds, history = addresses
+    return (
+        _array(plan, shape, like), _array(f, (B, N), like), _array(g, (B, M), like), _array(marginal_error, (B,), like),
+        _array(rounds, (B,), np.int32(0)), _array(history, (B, kept, N + M), 0.0),
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _solve_into(item, S, a, b, epsilon, num_iters, tol, K, columns_outer, outputs):
+    """Solve one item of the batch; every output is written once."""
+    plan, f, g, marginal_error, rounds, history = outputs
+    N = S.shape[0]
+    kept = history[item, 1:]
+    marginal_error[item], rounds[item], form, shift = _solve_item(
+        S, a, b, epsilon, num_iters, tol, K, columns_outer, plan[item], f[item], g[item], kept[:, :N], kept[:, N:]
+    )
+    if history.shape[1] > 0:
+        history[item, 0, 0], history[item, 0, 1] = form, shift
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def solve_items(first, last, like, shape, S, a, b, epsilon, num_iters, tol, kept, addresses):
+    """Solve items first … last - 1 of the batch. Tensors come as addresses; numbers are of the type of ``like``."""
+    B, N, M = shape
+    S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
+    outputs = _outputs(like, shape, kept, addresses)
+    K, columns_outer = _kernel_scratch(N, M, S)
+    for item in range(first, last):
+        _solve_into(item, S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer, outputs)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _inverse_norms(tokens, out):
+    """1 / |token|; a zero token gets a finite number, so that its similarities are zero."""
+    for i in range(tokens.shape[0]):
+        total = tokens.dtype.type(0)
+        for k in range(tokens.shape[1]):
+            total += tokens[i, k] * tokens[i, k]
+        out[i] = 1 / max(math.sqrt(total), math.sqrt(np.finfo(tokens.dtype).tiny))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _similarity(products, turned, x, y, cosine, S):
+    """S = the products x yᵀ (turned: y xᵀ), over the norms if cosine."""
+    N, M = S.shape
+    scale_x, scale_y = np.ones(N, S.dtype), np.ones(M, S.dtype)
+    if cosine:
+        _inverse_norms(x, scale_x)
+        _inverse_norms(y, scale_y)
+    for i in range(N):
+        for j in range(M):
+            S[i, j] = (products[j, i] if turned else products[i, j]) * scale_x[i] * scale_y[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def attend_items(
     first,
     last,
-    S,
+    like,
+    shape,
+    features,
+    products,
+    turned,
+    x,
+    y,
+    cosine,
     a,
     b,
     epsilon,
     num_iters,
     tol,
-    plan,
-    f,
-    g,
-    marginal_error,
-    rounds,
-    u_history,
-    v_history,
-    forms,
-    shifts,
+    S,
+    kept,
+    addresses,
 ):
-    """Solve items first … last - 1 of the batch; every output is written once."""
-    K, columns_outer = _kernel_scratch(S.shape[1], S.shape[2], S)
+    """``solve_items`` from the products of the tokens; writes the similarity S as well."""
+    B, N, M = shape
+    products = _array(products, (B, M, N) if turned else shape, like)
+    x, y = _array(x, (B, N, features), like), _array(y, (B, M, features), like)
+    S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
+    outputs = _outputs(like, shape, kept, addresses)
+    K, columns_outer = _kernel_scratch(N, M, S)
     for item in range(first, last):
-        marginal_error[item], rounds[item], forms[item], shifts[item] = _solve_item(
-            S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer,
-            plan[item], f[item], g[item], u_history[item], v_history[item],
-        )  # fmt: skip
+        _similarity(products[item], turned, x[item], y[item], cosine, S[item])
+        _solve_into(item, S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer, outputs)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _combine(K, outer_terms, inner_terms, count):
     """K := K * (outer_termsᵀ inner_terms), elementwise: the history's rank-one terms, four lines at a time."""
     lines, length = K.shape
@@ -478,7 +588,7 @@ def _combine(K, outer_terms, inner_terms, count):
                 K_line[i] *= sum_line[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _weigh(grad_plan, plan, grad_f, grad_g, epsilon, du, dv):
     """The adjoints of log u and log v that the outputs hand in."""
     N, M = plan.shape
@@ -496,20 +606,20 @@ def _weigh(grad_plan, plan, grad_f, grad_g, epsilon, du, dv):
         du[i] += total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _terms(lines, length, rounds, like):
     """Room for two rank-one terms a round: (outer, inner)."""
     return np.zeros((2 * rounds, lines), like.dtype), np.zeros((2 * rounds, length), like.dtype)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _weighted(scaling, adjoint, marginal, out):
     """out = scaling adjoint / marginal: what a half round sends through K."""
     for i in range(marginal.shape[0]):
         out[i] = scaling[i] * adjoint[i] / marginal[i] if marginal[i] != 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
     """Back through all rounds, one pass each; K becomes K times the sum of the rank-one terms.
 
@@ -542,7 +652,7 @@ def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, gr
     _combine(K, outer_terms, inner_terms, 2 * rounds)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
     """The same with the columns outside: a pass ends one round and begins the one before."""
     N, M = a.shape[0], b.shape[0]
@@ -575,16 +685,16 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
     _combine(K, outer_terms, inner_terms, 2 * rounds)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _refold(K, total, S, a, b, scale, log_u, log_v, outer_terms, inner_terms, count):
     """Take the terms gathered so far, which belong to the present K, into the total; then fold anew."""
     if count > 0:
         _combine(K, outer_terms, inner_terms, count)
         total += K
-    _fill(K, False, K, S, a, b, ABSORBED, 0.0, scale, log_u, log_v)
+    _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, log_v)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _near(log_w, folded, live, limit):
     for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
         if live[i] != 0 and not abs(log_w[i] - folded[i]) <= limit:
@@ -592,13 +702,13 @@ def _near(log_w, folded, live, limit):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _relative(log_w, folded, live, out):
     for i in range(live.shape[0]):
         out[i] = math.exp(log_w[i] - folded[i]) if live[i] != 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_absorbed(K, total, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b):
     """Back through rounds whose scalings are kept as logarithms, folding K anew where they have moved far.
 
@@ -653,7 +763,7 @@ def _unroll_absorbed(K, total, S, a, b, scale, u_history, v_history, rounds, du,
     total += K
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_item(
     S,
     a,
@@ -697,7 +807,7 @@ def _unroll_item(
         return
     if K.shape[0] == 0:
         K = grad_S
-    _fill(K, columns_outer, grad_S, S, a, b, form, shift, scale, unused, unused)
+    _fill(K, columns_outer, grad_S, S, a, b, False, form, shift, scale, unused, unused)
     if columns_outer:
         _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b)
     else:
@@ -707,35 +817,51 @@ def _unroll_item(
             grad_S[i, j] = K[j, i] if columns_outer else K[i, j]
 
 
-@njit(nogil=True, cache=True)
-def unroll_items(
-    first, last, S, a, b, epsilon, plan, forms, shifts, rounds, u_history, v_history,
-    grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b,
-):  # fmt: skip
+@njit(nogil=True, cache=True, error_model="numpy")
+def _gradients(like, shape, addresses):
+    """grad_plan, grad_f, grad_g that come in; grad_S, grad_a, grad_b that go out."""
+    B, N, M = shape
+    grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b = addresses
+    return (
+        _array(grad_plan, shape, like), _array(grad_f, (B, N), like), _array(grad_g, (B, M), like),
+        _array(grad_S, shape, like), _array(grad_a, (B, N), like), _array(grad_b, (B, M), like),
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def unroll_items(first, last, like, shape, S, a, b, epsilon, plan, rounds, history, kept, addresses):
     """The gradient of the rounds that were run, for items first … last - 1."""
-    N, M = S.shape[1:]
+    B, N, M = shape
+    S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
+    plan, rounds = _array(plan, shape, like), _array(rounds, (B,), np.int32(0))
+    history = _array(history, (B, kept, N + M), 0.0)
+    grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b = _gradients(like, shape, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     du, dv = np.zeros(N), np.zeros(M)
     for item in range(first, last):
+        form, shift = int(history[item, 0, 0]), history[item, 0, 1]
+        if form in (NO_MASS, NOT_FINITE):
+            _no_gradient(form, grad_S[item], grad_a[item], grad_b[item])
+            continue
         grad_a[item] = 0
         grad_b[item] = 0
-        if forms[item] == NO_MASS:
-            grad_S[item] = 0
-            continue
-        if forms[item] == NOT_FINITE:
-            grad_S[item] = np.nan
-            grad_a[item] = np.nan
-            grad_b[item] = np.nan
-            continue
         _weigh(grad_plan[item], plan[item], grad_f[item], grad_g[item], epsilon, du, dv)
         _unroll_item(
-            S[item], a[item], b[item], epsilon, plan[item], forms[item], shifts[item], rounds[item],
-            u_history[item], v_history[item], du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
+            S[item], a[item], b[item], epsilon, plan[item], form, shift, rounds[item], history[item, 1:, :N],
+            history[item, 1:, N:], du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
         )  # fmt: skip
         _finish(grad_S[item], grad_plan[item], plan[item], epsilon)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _no_gradient(form, grad_S, grad_a, grad_b):
+    nothing = 0.0 if form == NO_MASS else np.nan
+    grad_S[:, :] = nothing
+    grad_a[:] = nothing
+    grad_b[:] = nothing
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _finish(grad_S, grad_plan, plan, epsilon):
     """grad_S = (grad_plan plan - what the rounds take) / epsilon; a plan of zero takes no part."""
     for i in range(plan.shape[0]):
@@ -744,7 +870,7 @@ def _finish(grad_S, grad_plan, plan, epsilon):
             grad_S[i, j] = (weighed - grad_S[i, j]) / epsilon
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _centred_solve(plan, rows, columns, right):
     """Conjugate gradients, float64, on what is left for the columns once the rows are eliminated.
 
@@ -781,7 +907,7 @@ def _centred_solve(plan, rows, columns, right):
     return x
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _implicit_item(plan, grad_plan, grad_f, grad_g, epsilon, grad_S, grad_a, grad_b):
     """Adjoint of the fixed point: J (lambda, mu) = (du, dv), then grad_S, and grad_a, grad_b = lambda, mu."""
     N, M = plan.shape
@@ -809,15 +935,14 @@ def _implicit_item(plan, grad_plan, grad_f, grad_g, epsilon, grad_S, grad_a, gra
         grad_b[j] = mu[j]
 
 
-@njit(nogil=True, cache=True)
-def implicit_items(first, last, plan, epsilon, forms, grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b):
+@njit(nogil=True, cache=True, error_model="numpy")
+def implicit_items(first, last, like, shape, plan, epsilon, addresses):
     """The gradient of the converged plan, for items first … last - 1."""
+    plan = _array(plan, shape, like)
+    grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b = _gradients(like, shape, addresses)
     for item in range(first, last):
-        if forms[item] in (NO_MASS, NOT_FINITE):
-            nothing = 0 if forms[item] == NO_MASS else np.nan
-            grad_S[item] = nothing
-            grad_a[item] = nothing
-            grad_b[item] = nothing
+        if np.isnan(plan[item, 0, 0]):
+            _no_gradient(NOT_FINITE, grad_S[item], grad_a[item], grad_b[item])
         else:
             _implicit_item(
                 plan[item], grad_plan[item], grad_f[item], grad_g[item], epsilon,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,16 @@ class Solution(NamedTuple):
     num_iters: Tensor  # [B], int32
 
 
+_installed: dict[str, bool] = {}  # a functools.cache would be traced past, with a warning, by torch.compile
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported; it is not imported to find out."""
+    if package not in _installed:
+        _installed[package] = importlib.util.find_spec(package) is not None
+    return _installed[package]
+
+
 class Backend:
     """One way to solve. Subclasses answer for themselves and never import their toolkit before they run."""
 
@@ -46,17 +57,22 @@ class Backend:
         """Sinkhorn-Knopp on ``similarity`` [B, N, M] in the solve dtype, differentiable as ``problem.grad`` says."""
         raise NotImplementedError
 
-    def attend(self, problem: Problem) -> SinkhornAttendOutput:
-        """Similarity, solve and both attends one after the other; a fused backend overrides this.
+    def solve_tokens(self, x: Tensor, y: Tensor, p: Marginals, problem: Problem) -> tuple[Tensor, Solution]:
+        """The similarity of tokens in the solve dtype, padding cleared, and its solution."""
+        similarity = attention.similarity(x, y, problem.similarity)
+        return similarity, self.solve(similarity, p, problem)
 
-        The plan comes back in the solve dtype whether or not the problem asks for it.
+    def attend(self, problem: Problem) -> tuple[SinkhornAttendOutput, Tensor]:
+        """The whole operator, and the similarity [B, N, M]; a backend that fuses it all overrides this.
+
+        Plan and similarity come in the solve dtype, whether or not the problem asks for the plan.
         """
         assert problem.x is not None and problem.y is not None
         x, y = problem.x.to(problem.solve_dtype), problem.y.to(problem.solve_dtype)
         p = attention.marginals(problem)
         x_tokens = attention.without_padding(x, p.a, p.masked)
         y_tokens = attention.without_padding(y, p.b, p.masked)
-        similarity = attention.similarity(x_tokens, y_tokens, problem.similarity)
-        solution = self.solve(similarity, p, problem)
+        similarity, solution = self.solve_tokens(x_tokens, y_tokens, p, problem)
         x_out, y_out = attention.attend(x, y, x_tokens, y_tokens, solution.plan, p, problem.weights)
-        return SinkhornAttendOutput(x_out.to(problem.x.dtype), y_out.to(problem.y.dtype), *solution)
+        out = SinkhornAttendOutput(x_out.to(problem.x.dtype), y_out.to(problem.y.dtype), *solution)
+        return out, similarity

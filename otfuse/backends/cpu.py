@@ -8,7 +8,6 @@ Letters: B batch, N rows, M columns, T rounds.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otfuse import attention
 from otfuse.attention import Marginals
-from otfuse.backends.base import Backend, Solution
+from otfuse.backends.base import Backend, Solution, is_installed
 from otfuse.problem import Problem
 
 # Matrix entries times rounds below which one more thread costs more than it brings: handing work over took
@@ -32,35 +32,51 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def unavailable(self) -> list[str]:
-        missing = importlib.util.find_spec("numba") is None
-        return ["numba is not installed (pip install 'otfuse[cpu]')"] if missing else []
+        return [] if is_installed("numba") else ["numba is not installed (pip install 'otfuse[cpu]')"]
 
     def unsupported(self, problem: Problem) -> list[str]:
         device = problem.values.device
         return [] if device.type == "cpu" else [f"the tensors are on '{device}' (needs CPU)"]
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
-        inputs = (similarity, p.a, p.b)
-        if problem.grad == "detach":
-            inputs = (similarity.detach(), p.a.detach(), p.b.detach())
-        history = problem.grad == "unroll" and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        tol = -1.0 if problem.tol is None else problem.tol
-        outputs = torch.ops.otfuse.sinkhorn_cpu(
-            *inputs, problem.epsilon, problem.num_iters, tol, problem.grad == "implicit", history
+        options, history = _options(problem, similarity, p.a, p.b)
+        inputs = _detached(problem, similarity, p.a, p.b)
+        return Solution(*torch.ops.otfuse.sinkhorn_cpu.default(*inputs, *options, history)[:5])
+
+    def solve_tokens(self, x: Tensor, y: Tensor, p: Marginals, problem: Problem) -> tuple[Tensor, Solution]:
+        options, history = _options(problem, x, y, p.a, p.b)
+        inputs = _detached(problem, x, y, p.a, p.b)
+        similarity, *outputs = torch.ops.otfuse.sinkhorn_tokens_cpu.default(
+            *inputs, problem.similarity == "cosine", *options, history
         )
-        return Solution(*outputs[:5])
+        if problem.grad == "detach" and torch.is_grad_enabled():
+            similarity = attention.similarity(x, y, problem.similarity)  # the loss still learns through it
+        return similarity, Solution(*outputs[:5])
 
 
-def new_outputs(similarity: Tensor, history: int) -> tuple[Tensor, ...]:
-    """Room for plan, f, g, marginal_error, num_iters, u_history, v_history, forms, shifts."""
+def _options(problem: Problem, *inputs: Tensor) -> tuple[tuple[float, int, float, bool], bool]:
+    """(epsilon, num_iters, tol, implicit), and whether a gradient is foreseen that needs the history."""
+    tol = -1.0 if problem.tol is None else problem.tol
+    history = problem.grad == "unroll" and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return (problem.epsilon, problem.num_iters, tol, problem.grad == "implicit"), history
+
+
+def _detached(problem: Problem, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in inputs) if problem.grad == "detach" else inputs
+
+
+def new_outputs(similarity: Tensor, num_iters: int, history: bool) -> tuple[Tensor, ...]:
+    """Room for plan, f, g, marginal_error, num_iters, and the history [B, 1 + T, N + M] if wanted.
+
+    The history is in float64: logarithms of scalings reach thousands at small epsilon, and what float32 would
+    round away there is a factor on the gradient.
+    """
     B, N, M = similarity.shape
     new = similarity.new_empty
-    # The history is in float64: logarithms of scalings reach thousands at small epsilon, and what float32
-    # would round away there is a factor on the gradient.
+    kept = 1 + num_iters if history else 0
     return (
         new((B, N, M)), new((B, N)), new((B, M)), new((B,)), new((B,), dtype=torch.int32),
-        new((B, history, N), dtype=torch.float64), new((B, history, M), dtype=torch.float64),
-        new((B,), dtype=torch.int32), new((B,), dtype=torch.float64),
+        new((B, kept, N + M), dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -69,21 +85,35 @@ def new_gradients(similarity: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Ten
 
 
 def launch_sinkhorn(
-    similarity: Tensor,
+    similarity: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int, tol: float, implicit: bool, history: bool
+) -> tuple[Tensor, ...]:
+    outputs = new_outputs(similarity, num_iters, history)
+    call = _Call(similarity, num_iters)
+    inputs = (*call.addresses(similarity, a, b), epsilon, num_iters, tol)
+    call.over_items("solve_items", *inputs, outputs[-1].shape[1], call.addresses(*outputs))
+    return outputs
+
+
+def launch_sinkhorn_tokens(
+    x: Tensor,
+    y: Tensor,
     a: Tensor,
     b: Tensor,
+    cosine: bool,
     epsilon: float,
     num_iters: int,
     tol: float,
     implicit: bool,
     history: bool,
 ) -> tuple[Tensor, ...]:
-    from otfuse.backends import _cpu_kernels as kernels
-
-    outputs = new_outputs(similarity, num_iters if history else 0)
-    arrays = _arrays(similarity, a, b)
-    _over_items(similarity, num_iters, kernels.solve_items, *arrays, epsilon, num_iters, tol, *_arrays(*outputs))
-    return outputs
+    products, turned = attention.token_products(x, y)
+    similarity = products.new_empty(x.shape[0], x.shape[1], y.shape[1])
+    outputs = new_outputs(similarity, num_iters, history)
+    call = _Call(similarity, num_iters)
+    tokens = (x.shape[2], *call.addresses(products), turned, *call.addresses(x, y), cosine, *call.addresses(a, b))
+    room = (*call.addresses(similarity), outputs[-1].shape[1], call.addresses(*outputs))
+    call.over_items("attend_items", *tokens, epsilon, num_iters, tol, *room)
+    return similarity, *outputs
 
 
 def launch_sinkhorn_backward(
@@ -96,51 +126,57 @@ def launch_sinkhorn_backward(
     implicit: bool,
     plan: Tensor,
     rounds: Tensor,
-    u_history: Tensor,
-    v_history: Tensor,
-    forms: Tensor,
-    shifts: Tensor,
+    history: Tensor,
     grad_plan: Tensor,
     grad_f: Tensor,
     grad_g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from otfuse.backends import _cpu_kernels as kernels
-
     gradients = new_gradients(similarity, a, b)
-    incoming = _arrays(grad_plan, grad_f, grad_g)
+    call = _Call(similarity, 2 * num_iters)
+    passed = call.addresses(grad_plan, grad_f, grad_g, *gradients)
     if implicit:
-        saved = (*_arrays(plan), epsilon, *_arrays(forms))
-        _over_items(similarity, num_iters, kernels.implicit_items, *saved, *incoming, *_arrays(*gradients))
+        call.over_items("implicit_items", *call.addresses(plan), epsilon, passed)
     else:
-        saved = (
-            *_arrays(similarity, a, b),
-            epsilon,
-            *_arrays(plan, forms, shifts, rounds, u_history, v_history),
-        )
-        _over_items(similarity, 2 * num_iters, kernels.unroll_items, *saved, *incoming, *_arrays(*gradients))
+        inputs = (*call.addresses(similarity, a, b), epsilon, *call.addresses(plan, rounds, history))
+        call.over_items("unroll_items", *inputs, history.shape[1], passed)
     return gradients
 
 
-def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
+class _Call:
+    """One call of the compiled code: keeps alive what it hands over by address, and spreads items over threads."""
 
+    def __init__(self, similarity: Tensor, rounds: int) -> None:
+        self.shape = tuple(similarity.shape)
+        self.dtype = similarity.dtype
+        self.work = similarity.numel() * rounds
+        self.alive: list[Tensor] = []
 
-def _over_items(similarity: Tensor, rounds: int, function: Callable[..., None], *args: Any) -> None:
-    """Call ``function(first, last, *args)`` over the batch, on as many threads as torch has and the work is worth.
+    def addresses(self, *tensors: Tensor) -> tuple[int, ...]:
+        contiguous = [tensor.contiguous() for tensor in tensors]
+        self.alive += contiguous
+        return tuple([tensor.data_ptr() for tensor in contiguous])
 
-    An item is always done by one thread in one order, so the result does not depend on how many there are.
-    """
-    B = similarity.shape[0]
-    threads = min(torch.get_num_threads(), B, similarity.numel() * rounds // WORK_PER_THREAD)
-    if threads <= 1:
-        function(0, B, *args)
-        return
-    # More pieces than threads, since items that stop early or start far apart take different times.
-    pieces = min(B, 4 * threads)
-    bounds = [B * piece // pieces for piece in range(pieces + 1)]
-    jobs = [_pool(os.getpid(), threads).submit(function, *piece, *args) for piece in pairwise(bounds)]
-    for job in jobs:
-        job.result()
+    def over_items(self, name: str, *args: Any) -> None:
+        """Call ``name(first, last, like, shape, *args)`` on as many threads as torch has and the work is worth.
+
+        An item is always done by one thread in one order, so the result does not depend on how many there are.
+        """
+        from otfuse.backends import _cpu_kernels as kernels
+
+        function: Callable[..., None] = getattr(kernels, name)
+        like: Any = kernels.LIKE[self.dtype.itemsize]
+        B = self.shape[0]
+        threads = min(torch.get_num_threads(), B, self.work // WORK_PER_THREAD)
+        if threads <= 1:
+            function(0, B, like, self.shape, *args)
+            return
+        # More pieces than threads, since items that stop early or start far apart take different times.
+        pieces = min(B, 4 * threads)
+        bounds = [B * piece // pieces for piece in range(pieces + 1)]
+        pool = _pool(os.getpid(), threads)
+        jobs = [pool.submit(function, low, high, like, self.shape, *args) for low, high in pairwise(bounds)]
+        for job in jobs:
+            job.result()
 
 
 @cache

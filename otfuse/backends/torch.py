@@ -21,8 +21,9 @@ from otfuse.problem import Problem
 # scalings spread as far again, and float32 ends at exp(88), float64 at exp(709).
 SCALING_RANGE = {torch.float32: 40.0, torch.float64: 300.0}
 
-# Rounds between absorptions beyond that range. A round changes a uniform scaling by at most a factor of
-# the number of tokens (docs/numerics.md): five keep 16384 tokens well inside float32.
+# Rounds between absorptions beyond that range. A round changes a scaling by at most a factor of one over the
+# smallest weight (docs/numerics.md): with uniform weights five keep 16384 tokens well inside float32. Weights
+# that are passed may be as small as 1e-20, so they get an absorption a round, and half the range above.
 ABSORB_EVERY = 5
 
 
@@ -36,13 +37,17 @@ class TorchBackend(Backend):
         return []
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
+        # Known from the dtype alone: a mask is uniform over what it keeps.
+        uniform = all(weights is None or weights.dtype == torch.bool for weights in (problem.a, problem.b))
+
         def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
-            return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, problem.similarity_bound)
+            bound = problem.similarity_bound
+            return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, bound, uniform)
 
         if problem.grad == "unroll":
             return solve(solver, similarity, p)
-        with torch.no_grad():
-            solution = solve(solver, similarity, p)
+        with torch.no_grad():  # which does not stop forward mode: hence detached as well
+            solution = solve(solver, similarity.detach(), p._replace(a=p.a.detach(), b=p.b.detach()))
         if problem.grad == "detach":
             return solution
         return attach_implicit_gradient(solution, similarity, p, problem.epsilon)
@@ -83,15 +88,20 @@ def scaling(
     num_iters: int,
     tol: float | None = None,
     bound: float | None = None,
+    uniform: bool = False,
 ) -> Solution:
     """The same by scalings: one exponential per entry where ``bound >= |S|`` proves that safe.
 
     Otherwise the first round is done in the log domain, and the scalings are folded into the kernel every
-    few rounds (absorption). After the first round no row or column sum can underflow: see docs/numerics.md.
+    few rounds (absorption), every round unless the weights are known to be ``uniform`` (over a mask, say).
+    After the first round no row or column sum can underflow: see docs/numerics.md.
     The folded part carries no gradient; the result does not depend on it.
     """
     log_kernel = similarity / epsilon  # [B, N, M]
-    one_piece = bound is not None and 2 * bound / epsilon <= SCALING_RANGE[similarity.dtype]
+    safe, absorb_every = SCALING_RANGE[similarity.dtype], ABSORB_EVERY
+    if not uniform:
+        safe, absorb_every = safe / 2, 1
+    one_piece = bound is not None and 2 * bound / epsilon <= safe
     u, v = torch.ones_like(a), (b != 0).to(b.dtype)
     if one_piece:
         assert bound is not None
@@ -108,7 +118,7 @@ def scaling(
 
     kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
     for t in range(first, num_iters):
-        if not one_piece and t > first and (t - first) % ABSORB_EVERY == 0:
+        if not one_piece and t > first and (t - first) % absorb_every == 0:
             log_u0, u = _absorb(log_u0, u)
             log_v0, v = _absorb(log_v0, v)
             kernel, rows = _folded(log_kernel, log_u0, log_v0, v)

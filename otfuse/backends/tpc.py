@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-from otfuse.backends.base import Backend
+from otfuse.backends.base import Backend, is_installed
 from otfuse.problem import Problem
 
 
@@ -13,7 +11,7 @@ class TpcBackend(Backend):
 
     def unavailable(self) -> list[str]:
         reasons = ["this version of otfuse has no TPC kernels yet"]
-        if importlib.util.find_spec("habana_frameworks") is None:
+        if not is_installed("habana_frameworks"):
             reasons.append("habana_frameworks is not installed (it comes with Intel's Gaudi containers)")
         return reasons
 

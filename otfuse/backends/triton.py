@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-from otfuse.backends.base import Backend
+from otfuse.backends.base import Backend, is_installed
 from otfuse.problem import Problem
 
 
@@ -15,7 +13,7 @@ class TritonBackend(Backend):
 
     def unavailable(self) -> list[str]:
         reasons = ["this version of otfuse has no Triton kernels yet"]
-        if importlib.util.find_spec("triton") is None:
+        if not is_installed("triton"):
             reasons.append("triton is not installed (pip install 'otfuse[cuda]')")
         if not torch.cuda.is_available():
             reasons.append("torch finds no CUDA device")

@@ -1,0 +1,58 @@
+"""``torch.library.register_autograd`` as it should be for a function that users transform with ``torch.func``.
+
+What PyTorch registers refuses to run inside ``torch.func.grad``, and in forward mode it silently gives
+derivatives of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+Tensors = tuple[Tensor, ...]
+
+
+def register_autograd(
+    library: torch.library.Library,
+    name: str,
+    backward: Callable[..., tuple[Any, ...]],
+    *,
+    setup_context: Callable[[Any, tuple[Any, ...], Tensors], None],
+) -> None:
+    """Derivatives of a functional op, at whatever level of ``torch.func``'s transforms it is called.
+
+    Args:
+        library: where the op is defined.
+        name: of the op, without namespace; it has one overload and no keyword-only arguments.
+        backward, setup_context: as in ``torch.library.register_autograd``.
+    """
+    op = getattr(torch.ops.otfuse, name).default
+
+    def forward(ctx: Any, *args: Any) -> Tensors:
+        # A Function's forward runs under no_grad, which would keep outer transforms from recording this call.
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*args)
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    # Dispatching has already come down to one level: the plain autograd.Function would start at the top again.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{name}_derivative", (_SingleLevelFunction,), members)
+
+    def kernel(*args: Any) -> Tensors:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f'otfuse::{name} has no forward-mode derivatives; pass backend="torch"')
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    library.impl(name, kernel, "Autograd")

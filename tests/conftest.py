@@ -1,0 +1,45 @@
+"""What all tests share: hypothesis profiles, the device, the backends, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from otfuse.backends import BACKENDS
+from otfuse.problem import cost_problem
+
+BACKEND_NAMES = ("torch", "cpu")
+
+hypothesis.settings.register_profile("local", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="the device that the tensors of backend tests are on")
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic algorithms on CUDA
+    # Deterministic mode fills torch.empty with NaN: a result that nobody wrote is seen at once.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(1)  # small parallel operations wait on each other for milliseconds
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session", params=BACKEND_NAMES)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """The name of every backend that runs here; the others skip with their own reasons."""
+    (chosen,) = (candidate for candidate in BACKENDS if candidate.name == request.param)
+    problem = cost_problem(torch.zeros(1, 2, 2, device=device), 0.1, None, None, 1, None, "unroll")
+    if reasons := chosen.why_not(problem):
+        pytest.skip(f"{chosen.name}: {'; '.join(reasons)}")
+    return chosen.name

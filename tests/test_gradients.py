@@ -1,0 +1,278 @@
+"""Gradients: against finite differences, between modes, and where there must be none."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import FEW_ROUNDINGS, padded_weights, rand, randn, weights
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import otfuse
+from otfuse.testing import specified_sinkhorn
+
+B, N, M, D = 2, 4, 3, 3
+EPSILONS = [0.5, 0.05]
+
+
+def leaf(values: Tensor, device: torch.device) -> Tensor:
+    return values.detach().clone().to(device).requires_grad_()
+
+
+def finite(values: Tensor) -> Tensor:
+    """The -inf of padding is a constant without which differences can be taken."""
+    return torch.where(torch.isinf(values), 0, values)
+
+
+@pytest.fixture
+def inputs(device) -> dict[str, Tensor]:
+    """Leaves: a cost whose range is near one, weights, tokens of length near one."""
+    values = {
+        "cost": rand(0, B, N, M), "a": weights(1, B, N), "b": weights(2, B, M),
+        "x": randn(3, B, N, D), "y": randn(4, B, M, D),
+    }  # fmt: skip
+    return {name: leaf(value, device) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("num_iters", [1, 2, 7])
+@pytest.mark.parametrize("sides", ["none", "weights", "padded"])
+def test_unrolled_cost(backend, device, inputs, sides, num_iters, epsilon):
+    """All of plan, f and g with respect to all of cost, a and b."""
+    if sides == "padded":
+        mask_a, mask_b = (padded_weights(7, B, n).to(device) != 0 for n in (N, M))
+        assert not mask_a.all() or not mask_b.all()
+
+    def solve(cost, a=None, b=None):
+        if sides == "padded":  # a zero times a leaf: the difference quotient is zero there, as the gradient must be
+            a, b = a * mask_a, b * mask_b
+        out = otfuse.sinkhorn(cost, epsilon, a, b, num_iters=num_iters, backend=backend)
+        return out.plan, finite(out.f), finite(out.g)
+
+    leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
+    assert gradcheck(solve, leaves)
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("form", ["plan", "barycentric"])
+def test_unrolled_attention(backend, inputs, form, similarity, epsilon):
+    def attend(x, y, a, b):
+        options = {"weights": form, "similarity": similarity, "return_plan": True, "num_iters": 5}
+        out = otfuse.sinkhorn_attend(x, y, epsilon, a=a, b=b, backend=backend, **options)
+        return out.x, out.y, out.plan, out.f, out.g
+
+    assert gradcheck(attend, [inputs[name] for name in "xyab"])
+
+
+def test_unroll_differentiates_the_rounds_that_were_run(backend, device):
+    """Items that stop at different rounds, differentiated numerically and beside as many rounds without tol."""
+    cost = leaf(rand(0, 4, 5, 4) * torch.tensor([0.1, 0.4, 1.0, 2.0])[:, None, None], device)
+
+    def solve(cost):
+        out = otfuse.sinkhorn(cost, 0.1, num_iters=30, tol=1e-3, backend=backend)
+        return out.plan, out.f, out.g
+
+    rounds = otfuse.sinkhorn(cost, 0.1, num_iters=30, tol=1e-3, backend=backend).num_iters.tolist()
+    assert len(set(rounds)) > 2 and min(rounds) < 30
+    assert gradcheck(solve, (cost,))
+    for item, num_iters in enumerate(rounds):
+        one = torch.autograd.grad(solve(cost)[1][item].square().sum(), cost)[0][item]
+        out = otfuse.sinkhorn(cost[[item]], 0.1, num_iters=num_iters, backend=backend)
+        other = torch.autograd.grad(out.f.square().sum(), cost)[0][item]
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * FEW_ROUNDINGS)
+
+
+@pytest.mark.parametrize("sides", ["none", "padded"])
+@pytest.mark.parametrize("epsilon", [0.5, 0.1])
+def test_implicit_is_the_limit_of_unroll(backend, device, epsilon, sides):
+    """By losses that do not see the constant which f and g have in common: it is no matter of the fixed point."""
+    cost, a, b = rand(0, B, N, M), padded_weights(7, B, N), weights(2, B, M)
+    mask = a != 0
+    g_plan, g_f, g_g = randn(3, B, N, M).to(device), randn(4, B, N) * mask, randn(5, B, M)
+    g_f = g_f - mask * (g_f.sum(1) - g_g.sum(1))[:, None] / mask.sum(1, keepdim=True)
+    if sides == "none":
+        g_f = randn(4, B, N)
+        g_f = g_f - (g_f.sum(1) - g_g.sum(1))[:, None] / N
+    results = []
+    for grad in ("implicit", "unroll"):
+        leaves = [leaf(value, device) for value in ((cost,) if sides == "none" else (cost, a, b))]
+        out = otfuse.sinkhorn(leaves[0], epsilon, *leaves[1:], num_iters=3000, grad=grad, backend=backend)
+        assert (out.marginal_error < FEW_ROUNDINGS).all()
+        loss = (out.plan * g_plan).sum() + (finite(out.f) * g_f.to(device)).sum() + (out.g * g_g.to(device)).sum()
+        results.append(torch.autograd.grad(loss, leaves))
+    for name, one, other in zip(("cost", "a", "b"), *results):
+        # Unroll gathers a few roundings of coefficients, up to three over epsilon, from each of 3000 rounds.
+        torch.testing.assert_close(one, other, rtol=0, atol=3 / epsilon * 3000 * 2.3e-16, msg=name)
+
+
+@pytest.mark.parametrize("form", ["plan", "barycentric"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_implicit_attention_by_finite_differences(backend, inputs, form, similarity):
+    def attend(x, y, a, b):
+        options = {"weights": form, "similarity": similarity, "grad": "implicit", "return_plan": True}
+        out = otfuse.sinkhorn_attend(x, y, 1.0, a=a, b=b, num_iters=500, backend=backend, **options)
+        return out.x, out.y, out.plan
+
+    assert gradcheck(attend, [inputs[name] for name in "xyab"])
+
+
+def test_implicit_potentials_are_the_derivative_of_the_value(backend, device, inputs):
+    """Envelope theorem: the optimal value of <plan, cost> - epsilon H(plan) has derivative plan with respect to the
+    cost; and its dual <a, f> + <b, g> - epsilon, differentiated through f and g, gives the same."""
+    cost = inputs["cost"]
+    out = otfuse.sinkhorn(cost, 0.3, num_iters=1000, grad="implicit", backend=backend)
+    (gradient,) = torch.autograd.grad(out.f.mean(1).sum() + out.g.mean(1).sum(), cost)
+    torch.testing.assert_close(gradient, out.plan.detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["plan", "barycentric"])
+def test_detach_takes_the_plan_as_a_constant(backend, inputs, form):
+    x, y, a, b = (inputs[name] for name in "xyab")
+    out = otfuse.sinkhorn_attend(x, y, 0.1, a=a, b=b, weights=form, grad="detach", return_plan=True, backend=backend)
+    assert not any(value.requires_grad for value in (out.plan, out.f, out.g, out.marginal_error))
+    assert not otfuse.sinkhorn(inputs["cost"], 0.1, a, b, grad="detach", backend=backend).plan.requires_grad
+    map_x = map_y = out.plan
+    if form == "barycentric":
+        map_x = out.plan / (a / a.sum(1, keepdim=True))[:, :, None]
+        map_y = out.plan / (b / b.sum(1, keepdim=True))[:, None, :]
+    coefficients = rand(8, B, N, D).to(x), rand(9, B, M, D).to(x)
+    expected = ((x + map_x @ y) * coefficients[0]).sum() + ((y + map_y.mT @ x) * coefficients[1]).sum()
+    loss = (out.x * coefficients[0]).sum() + (out.y * coefficients[1]).sum()
+    leaves = (x, y) if form == "plan" else (x, y, a, b)
+    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * FEW_ROUNDINGS)
+
+
+@pytest.mark.parametrize("sides", ["none", "padded"])
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_second_derivatives_of_unroll(backend, device, inputs, sides, tol):
+    mask = padded_weights(7, B, N).to(device) != 0
+
+    def solve(cost, a=None, b=None):
+        a = None if a is None else a * mask
+        out = otfuse.sinkhorn(cost, 0.3, a, b, num_iters=4, tol=tol, backend=backend)
+        return out.plan, finite(out.f), finite(out.g)
+
+    leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
+    assert gradgradcheck(solve, leaves)
+
+
+def test_second_derivatives_of_unrolled_attention(backend, inputs):
+    def attend(x, y):
+        out = otfuse.sinkhorn_attend(x, y, 0.5, num_iters=3, weights="barycentric", backend=backend)
+        return out.x, out.y
+
+    assert gradgradcheck(attend, (inputs["x"], inputs["y"]))
+
+
+def test_second_derivative_of_implicit_is_refused(device, inputs):
+    """By the cpu backend, where the gradient is an operator of its own."""
+    if "numba" in " ".join(otfuse.backends()["cpu"]) or device.type != "cpu":
+        pytest.skip("; ".join(otfuse.backends()["cpu"]) or f"the cpu backend does not run on {device}")
+    cost = inputs["cost"]
+    plan = otfuse.sinkhorn(cost, 0.3, grad="implicit", backend="cpu").plan
+    (gradient,) = torch.autograd.grad(plan.square().sum(), cost, create_graph=True)
+    with pytest.raises(RuntimeError, match='grad="implicit" has first derivatives only; pass grad="unroll"'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e4])
+@pytest.mark.parametrize("grad", ["unroll", "implicit", "detach"])
+@pytest.mark.parametrize("form", ["plan", "barycentric"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_padding_gets_exactly_zero(backend, device, similarity, form, grad, bad):
+    """And what it holds changes no other gradient. Its own output is its input: that is differentiated apart."""
+    a, b = padded_weights(7, B, 9), padded_weights(17, B, 8)
+    dirty, clean = [], []
+    for gradients, filler in ((dirty, bad), (clean, 0.0)):
+        x = leaf(torch.where((a != 0)[..., None], randn(0, B, 9, D), filler), device)
+        y = leaf(torch.where((b != 0)[..., None], randn(1, B, 8, D), -filler), device)
+        w = leaf(a, device), leaf(b, device)
+        options = {"weights": form, "grad": grad, "similarity": similarity, "return_plan": True, "backend": backend}
+        out = otfuse.sinkhorn_attend(x, y, 0.5, a=w[0], b=w[1], **options)
+        # With the plan a constant, and not divided by them, the weights have no part in anything.
+        leaves = (x, y) if (grad, form) == ("detach", "plan") else (x, y, *w)
+        live = out.x[a.to(device) != 0].square().sum() + out.y[b.to(device) != 0].square().sum()
+        loss = live + out.plan.square().sum() + finite(out.f).sum() + 2 * finite(out.g).sum()
+        gradients += torch.autograd.grad(loss, leaves, retain_graph=True)
+        (through,) = torch.autograd.grad(out.x[a.to(device) == 0].sum(), x)
+        assert (through[a.to(device) == 0] == 1).all() and (through[a.to(device) != 0] == 0).all()
+    for one, other, weight in zip(dirty, clean, (a, b, a, b)):
+        assert (one[weight.to(device) == 0] == 0).all() and (one != 0).any()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_padding_of_a_cost_gets_exactly_zero(backend, device, grad):
+    a, b = padded_weights(7, B, 9), padded_weights(17, B, 8)
+    live = ((a != 0)[:, :, None] & (b != 0)[:, None, :]).to(device)
+    results = []
+    for filler in (0.0, math.nan, -math.inf, 1e300):
+        cost = leaf(torch.where(live.cpu(), rand(0, B, 9, 8), filler), device)
+        leaves = (cost, leaf(a, device), leaf(b, device))
+        out = otfuse.sinkhorn(leaves[0], 0.1, *leaves[1:], grad=grad, backend=backend)
+        # Coefficients that are not zero meet the constants at padding, too.
+        loss = (out.plan * rand(3, B, 9, 8).to(device)).sum() + finite(out.f).sum() + (2 * out.g)[b != 0].sum()
+        results.append(torch.autograd.grad(loss, leaves))
+        assert (results[-1][0][~live] == 0).all()
+        assert (results[-1][1][a.to(device) == 0] == 0).all() and (results[-1][2][b.to(device) == 0] == 0).all()
+        assert all(torch.equal(one, first) for one, first in zip(results[-1], results[0]))
+
+
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_items_without_mass_get_zero_and_nan_stays_in_its_item(backend, device, grad):
+    results = []
+    for spoilt in (False, True):
+        cost, a, b = rand(0, 4, N, M), weights(1, 4, N), weights(2, 4, M)
+        a[1] = 0
+        if spoilt:
+            cost[2, 1, 1] = math.nan
+            a[3, 0] = math.inf
+        leaves = [leaf(value, device) for value in (cost, a, b)]
+        out = otfuse.sinkhorn(leaves[0], 0.1, *leaves[1:], grad=grad, backend=backend)
+        loss = out.plan.square().sum((1, 2)) + finite(out.f).sum(1) + finite(out.g).square().sum(1)
+        results.append(torch.autograd.grad(loss.sum(), leaves))
+    for clean, spoilt in zip(*results):
+        assert (clean[1] == 0).all() and torch.equal(clean[:2], spoilt[:2])
+        assert torch.isfinite(clean).all() and (clean[0] != 0).any()
+    assert results[1][0][2].isnan().all(), "the gradient of a NaN is NaN, not a number to train on"
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.005, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_gradients_stay_finite_at_small_epsilon(backend, device, grad, dtype, epsilon):
+    """Unconverged, nearly a permutation, rows without a column of their own: still numbers, of a bounded size."""
+    cost = rand(0, 4, 8, 8, dtype=dtype)
+    cost[1] = 1 - torch.eye(8)
+    cost[2, :, 1:] += 1
+    cost = leaf(cost, device)
+    out = otfuse.sinkhorn(cost, epsilon, grad=grad, backend=backend)
+    (gradient,) = torch.autograd.grad(out.plan.square().sum(), cost)
+    assert torch.isfinite(gradient).all()
+    if grad == "unroll":
+        # d plan / d cost has entries of at most plan / epsilon times one a half round, there being a hundred.
+        assert gradient.abs().max() <= 100 / epsilon
+
+
+def test_no_history_is_kept_without_a_gradient(backend, device, inputs):
+    """The answer is the same with and without, and nothing hangs on a graph."""
+    with torch.no_grad():
+        plain = otfuse.sinkhorn(inputs["cost"], 0.1, inputs["a"], backend=backend)
+    tracked = otfuse.sinkhorn(inputs["cost"], 0.1, inputs["a"], backend=backend)
+    assert plain.plan.grad_fn is None and tracked.plan.requires_grad
+    for one, other in zip(plain, tracked):
+        assert torch.equal(one, other)
+    expected = specified_sinkhorn(inputs["cost"], 0.1, inputs["a"])
+    torch.testing.assert_close(plain.plan, expected.plan, rtol=0, atol=10 * FEW_ROUNDINGS)
+
+
+def test_gradients_of_the_marginal_error_are_none(backend, inputs):
+    """It is a report about the solve, not a part of it."""
+    out = otfuse.sinkhorn(inputs["cost"], 0.1, backend=backend)
+    assert not out.marginal_error.requires_grad and not out.num_iters.requires_grad
+    (out.plan.sum((1, 2)) + out.marginal_error).sum().backward()
+    assert torch.isfinite(inputs["cost"].grad).all()

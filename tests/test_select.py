@@ -1,0 +1,245 @@
+"""The choice of a backend: every reason, every error text, never a silent fallback."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import otfuse
+from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
+from otfuse.backends import BACKENDS, _logged, select
+from otfuse.backends import cpu as cpu_module
+from otfuse.backends import tpc as tpc_module
+from otfuse.backends import triton as triton_module
+from otfuse.problem import cost_problem, token_problem
+
+NAMES = ("tpc", "triton", "cpu", "torch")
+NO_NUMBA = "numba is not installed (pip install 'otfuse[cpu]')"
+NO_TRITON = "triton is not installed (pip install 'otfuse[cuda]')"
+NO_HABANA = "habana_frameworks is not installed (it comes with Intel's Gaudi containers)"
+
+
+def problem(device="cpu", dtype=torch.float32, shape=(2, 3, 4)):
+    return cost_problem(torch.zeros(shape, device=device, dtype=dtype), 0.1, None, None, 5, None, "unroll")
+
+
+def tokens(device="cpu"):
+    x, y = torch.zeros(2, 3, 8, device=device), torch.zeros(2, 4, 8, device=device)
+    return token_problem(x, y, 0.1, None, None, "cosine", 5, None, "plan", "unroll", False)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Say which optional packages are there, whatever is installed where the tests run."""
+
+    def declare(*packages):
+        for module in (cpu_module, triton_module, tpc_module):
+            monkeypatch.setattr(module, "is_installed", lambda package: package in packages)
+
+    return declare
+
+
+@pytest.fixture
+def log(caplog):
+    """What is logged from here on, as if nothing had been yet."""
+    remembered = set(_logged)
+    _logged.clear()
+    with caplog.at_level(logging.INFO, logger="otfuse"):
+        yield caplog
+    _logged.clear()
+    _logged.update(remembered)
+
+
+def backend_named(name):
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def test_order():
+    assert tuple(backend.name for backend in BACKENDS) == NAMES
+    assert tuple(otfuse.backends()) == NAMES
+
+
+def test_backends_lists_reasons_and_nothing_else(installed):
+    installed()
+    found = otfuse.backends()
+    assert found["torch"] == []
+    assert found["cpu"] == [NO_NUMBA]
+    assert NO_TRITON in found["triton"]
+    assert NO_HABANA in found["tpc"]
+    assert _function_of_that_name() == found
+
+
+def test_an_installed_package_is_no_reason(installed):
+    installed("numba", "triton", "habana_frameworks")
+    found = otfuse.backends()
+    assert found["cpu"] == []
+    assert NO_TRITON not in found["triton"]
+    assert NO_HABANA not in found["tpc"]
+
+
+def test_triton_names_the_missing_device(monkeypatch, installed):
+    installed("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no CUDA device" in backend_named("triton").unavailable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "torch finds no CUDA device" not in backend_named("triton").unavailable()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tpc", "the tensors are on 'meta' (needs HPU)"),
+        ("triton", "the tensors are on 'meta' (needs CUDA)"),
+        ("cpu", "the tensors are on 'meta' (needs CPU)"),
+    ],
+)
+@pytest.mark.parametrize("make", [problem, tokens])
+def test_device_is_a_reason(name, reason, make):
+    assert backend_named(name).unsupported(make("meta")) == [reason]
+    assert reason in backend_named(name).why_not(make("meta"))
+
+
+def test_cpu_takes_every_dtype_on_the_cpu_and_torch_everything():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert backend_named("cpu").unsupported(problem(dtype=dtype)) == []
+        assert backend_named("torch").why_not(problem(dtype=dtype, device="meta")) == []
+
+
+@pytest.mark.parametrize("name", ["tpc", "triton", "cpu"])
+def test_refusal_lists_every_reason_the_problem_and_the_way_out(name, installed):
+    installed()
+    refused = tokens("meta")
+    reasons = backend_named(name).why_not(refused)
+    assert len(reasons) >= 2  # one of the machine's, one of the problem's
+    with pytest.raises(otfuse.BackendError) as caught:
+        select(refused, name)
+    text = str(caught.value)
+    assert text.startswith(f"backend '{name}' cannot run this problem (B=2 N=3 M=4 D=8, torch.float32 on 'meta'")
+    assert "epsilon=0.1" in text
+    assert "; ".join(reasons) in text
+    assert text.endswith('Pass backend="auto" or one that can: "torch".')
+
+
+def test_refusal_names_every_backend_that_can(installed):
+    installed("numba")
+    with pytest.raises(otfuse.BackendError, match='one that can: "cpu", "torch"'):
+        select(problem(), "triton")
+
+
+@pytest.mark.parametrize("name", ["tpc", "triton"])
+def test_a_named_backend_refuses_in_every_public_function(name, installed):
+    installed("numba")
+    x, y, ends = torch.zeros(1, 3, 8), torch.zeros(1, 4, 8), (torch.tensor([0, 3]).int(), torch.tensor([0, 4]).int())
+    calls = (
+        lambda: otfuse.sinkhorn_attend(x, y, backend=name),
+        lambda: otfuse.sinkhorn(x, 0.1, backend=name),
+        lambda: otfuse.sinkhorn_attend_varlen(x[0], y[0], *ends, 3, 4, backend=name),
+        lambda: otfuse.nn.OTAttention(backend=name)(x, y),
+        lambda: otfuse.nn.OTFusion(backend=name)(x, y),
+    )
+    for call in calls:
+        with pytest.raises(otfuse.BackendError, match=f"^backend '{name}' cannot run this problem"):
+            call()
+
+
+def test_a_backend_error_is_a_runtime_error():
+    assert issubclass(otfuse.BackendError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["Triton", "", "numba", None, 3])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError) as caught:
+        otfuse.sinkhorn(torch.zeros(1, 2, 2), 0.1, backend=name)
+    assert str(caught.value) == f'backend must be "auto" or one of "tpc", "triton", "cpu", "torch"; got {name!r}'
+
+
+def test_auto_takes_the_first_that_can_and_logs_once(installed, log):
+    installed("numba")
+    assert select(problem(), "auto").name == "cpu"
+    assert select(problem(), "auto").name == "cpu"
+    assert len(log.records) == 1
+    text = log.records[0].getMessage()
+    assert text.startswith("using backend 'cpu' (passed over: tpc: ")
+    for name in ("tpc", "triton"):
+        assert f"{name}: {'; '.join(backend_named(name).why_not(problem()))}" in text
+    assert "torch:" not in text
+    assert log.records[0].levelno == logging.INFO
+
+
+def test_auto_without_numba_takes_torch_and_says_so(installed, log):
+    installed()
+    cost = torch.rand(2, 3, 4)
+    out = otfuse.sinkhorn(cost, 0.3)
+    assert len(log.records) == 1
+    assert log.records[0].getMessage().startswith("using backend 'torch'")
+    assert NO_NUMBA in log.records[0].getMessage()
+    assert torch.equal(out.plan, otfuse.sinkhorn(cost, 0.3, backend="torch").plan)
+
+
+def test_auto_off_the_cpu_takes_torch(installed, log):
+    installed("numba")
+    assert select(problem("meta"), "auto").name == "torch"
+    assert "cpu: the tensors are on 'meta' (needs CPU)" in log.records[0].getMessage()
+
+
+def test_a_name_logs_nothing(log):
+    select(problem(), "torch")
+    assert not log.records
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "auto"])
+def test_a_failure_while_running_propagates(name, installed, monkeypatch):
+    """No other backend is tried: a wrong kernel must not hide behind a slow one."""
+    installed("numba")
+    backend = backend_named("cpu" if name == "auto" else name)
+    others = [other for other in BACKENDS if other is not backend]
+
+    def fail(*_):
+        raise ZeroDivisionError("from inside")
+
+    def never(*_):
+        raise AssertionError("another backend was tried")
+
+    for method in ("solve", "attend"):
+        monkeypatch.setattr(type(backend), method, fail)
+        for other in others:
+            monkeypatch.setattr(type(other), method, never)
+    with pytest.raises(ZeroDivisionError, match="from inside"):
+        otfuse.sinkhorn(torch.zeros(1, 2, 2), 0.1, backend=name)
+    with pytest.raises(ZeroDivisionError, match="from inside"):
+        otfuse.sinkhorn_attend(torch.ones(1, 2, 2), torch.ones(1, 2, 2), backend=name)
+
+
+class NoReading(TorchDispatchMode):
+    """No operation at all may run, so no value can be looked at."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+@pytest.mark.parametrize("name", ["auto", *NAMES])
+def test_the_choice_reads_no_tensor(name, installed):
+    installed("numba")
+    x, y, a = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8), torch.zeros(2, 3)
+    with NoReading():
+        asked = token_problem(x, y, 0.1, a, None, "cosine", 5, None, "plan", "unroll", False)
+        if name in ("tpc", "triton"):
+            with pytest.raises(otfuse.BackendError):
+                select(asked, name)
+        else:
+            assert select(asked, name).name == name.replace("auto", "cpu")
+
+
+def test_that_test_can_fail():
+    value = torch.zeros(1)
+    with pytest.raises(AssertionError, match=r"aten\._local_scalar_dense"), NoReading():
+        value.item()
+
+
+def test_the_choice_is_made_at_every_call(installed):
+    """From the tensors, never from what an earlier call chose."""
+    installed("numba")
+    assert [select(problem(device), "auto").name for device in ("cpu", "meta", "cpu")] == ["cpu", "torch", "cpu"]
+    installed()
+    assert select(problem(), "auto").name == "torch"
