@@ -1,7 +1,6 @@
 """Optimal-transport fusion layers: batched Sinkhorn and OT attention, exact, differentiable and fast."""
 
 from otfuse import nn
-from otfuse import ops as _ops  # noqa: F401  registers them
 from otfuse.backends import BackendError, backends
 from otfuse.functional import similarity_matrix, sinkhorn, sinkhorn_attend
 from otfuse.loss import ot_alignment_loss

@@ -128,7 +128,7 @@ def sinkhorn(
     with attention.full_precision(cost.device):
         if 0 in problem.shape[1:]:
             return _without_tokens(problem)
-        solution = chosen.solve(-cost.to(problem.solve_dtype), attention.marginals(problem), problem)
+        solution = chosen.solve_cost(attention.solve_precision(cost), attention.marginals(problem), problem)
     return SinkhornOutput(*solution._replace(plan=solution.plan.to(cost.dtype)))
 
 

@@ -1,74 +1,101 @@
-"""The registered ops: schemas, fake kernels, derivatives, batching rules. Imports torch only.
+"""The ops: schemas, fake kernels, derivatives, batching rules. Imports torch and nothing of a backend.
 
-``otfuse::sinkhorn_cpu`` solves a batch of similarities, ``otfuse::sinkhorn_tokens_cpu`` one of tokens (it makes the
-similarity as well); ``otfuse::sinkhorn_cpu_backward`` is the gradient of the solve for both, and can itself be
-differentiated, by way of plain PyTorch.
+``otfuse::sinkhorn_cpu`` solves a batch of similarities or costs, ``otfuse::sinkhorn_tokens_cpu`` one of tokens (it
+makes the similarity as well); ``otfuse::sinkhorn_cpu_backward`` is the gradient of the solve for both, and can itself
+be differentiated, by way of plain PyTorch. Backends register what runs behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from otfuse import attention
-from otfuse.backends import cpu
-from otfuse.backends import torch as plain
-from otfuse.registration import register_autograd
+from otfuse.registration import may_differentiate, register_autograd
 
-_OPTIONS = "float epsilon, int num_iters, float tol, bool implicit"
-_SOLUTION = "Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
+# scale: what values are multiplied by for the log kernel, 1 / epsilon for similarities, -1 / epsilon for costs.
+OPTIONS = "float scale, int num_iters, float tol, bool implicit"
+SOLUTION = "Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
 
-_library = torch.library.Library("otfuse", "DEF")
-_library.define(f"sinkhorn_cpu(Tensor similarity, Tensor a, Tensor b, {_OPTIONS}, bool history) -> ({_SOLUTION})")
-_library.define(
-    f"sinkhorn_tokens_cpu(Tensor x, Tensor y, Tensor a, Tensor b, bool cosine, {_OPTIONS}, bool history) "
-    f"-> (Tensor similarity, {_SOLUTION})"
+library = torch.library.Library("otfuse", "DEF")
+library.define(f"sinkhorn_cpu(Tensor values, Tensor a, Tensor b, {OPTIONS}, bool history) -> ({SOLUTION})")
+library.define(
+    f"sinkhorn_tokens_cpu(Tensor x, Tensor y, Tensor a, Tensor b, bool cosine, {OPTIONS}, bool history) "
+    f"-> (Tensor similarity, {SOLUTION})"
 )
-_library.define(
-    f"sinkhorn_cpu_backward(Tensor similarity, Tensor a, Tensor b, {_OPTIONS}, Tensor plan, Tensor rounds, "
+library.define(
+    f"sinkhorn_cpu_backward(Tensor values, Tensor a, Tensor b, {OPTIONS}, Tensor plan, Tensor rounds, "
     "Tensor history, Tensor grad_plan, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("sinkhorn_cpu", cpu.launch_sinkhorn, "CPU")
-_library.impl("sinkhorn_tokens_cpu", cpu.launch_sinkhorn_tokens, "CPU")
-_library.impl("sinkhorn_cpu_backward", cpu.launch_sinkhorn_backward, "CPU")
+
+
+def new_solution(values: Tensor, num_iters: int, history: bool) -> tuple[Tensor, ...]:
+    """Room for SOLUTION; the history [B, 1 + T, N + M] has no rounds unless it is wanted.
+
+    It is in float64: logarithms of scalings reach thousands at small epsilon, and what float32 would round away
+    there is a factor on the gradient.
+    """
+    B, N, M = values.shape
+    new = values.new_empty
+    kept = 1 + num_iters if history else 0
+    return (
+        new((B, N, M)), new((B, N)), new((B, M)), new((B,)), new((B,), dtype=torch.int32),
+        new((B, kept, N + M), dtype=torch.float64),
+    )  # fmt: skip
+
+
+def new_gradients(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of values, a and b."""
+    return values.new_empty(values.shape), a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 @torch.library.register_fake("otfuse::sinkhorn_cpu")
-def _(similarity: Tensor, a: Tensor, b: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    return cpu.new_outputs(similarity, options[1], options[4])
+def _(values: Tensor, a: Tensor, b: Tensor, scale: float, num_iters: int, *options: Any) -> tuple[Tensor, ...]:
+    return new_solution(values, num_iters, options[-1])
 
 
 @torch.library.register_fake("otfuse::sinkhorn_tokens_cpu")
-def _(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cosine: bool, *options: Any) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cosine: bool, scale: float, num_iters: int, *options: Any
+) -> tuple[Tensor, ...]:
     similarity = x.new_empty(x.shape[0], x.shape[1], y.shape[1])
-    return similarity, *cpu.new_outputs(similarity, options[1], options[4])
+    return similarity, *new_solution(similarity, num_iters, options[-1])
 
 
 @torch.library.register_fake("otfuse::sinkhorn_cpu_backward")
-def _(similarity: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.new_gradients(similarity, a, b)
+def _(values: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return new_gradients(values, a, b)
+
+
+def call(op: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+    """``op(*args)``, past autograd where it has nothing to record: that alone costs some 15 µs."""
+    if is_compiling() or may_differentiate(args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    similarity, a, b, *ctx.options, _ = inputs
-    _keep(ctx, (a, b), similarity, output)
+    values, a, b, *ctx.options, _ = inputs
+    _keep(ctx, output, values, a, b)
 
 
 def _setup_tokens_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, a, b, cosine, *ctx.options, _ = inputs
     ctx.kind = "cosine" if cosine else "dot"
-    _keep(ctx, (a, b), output[0], output[1:], x, y)
+    similarity, *solution = output
+    _keep(ctx, solution, x, y, similarity, a, b)
 
 
-def _keep(
-    ctx: Any, weights: tuple[Tensor, Tensor], similarity: Tensor, solution: tuple[Tensor, ...], *tokens: Tensor
-) -> None:
+def _keep(ctx: Any, solution: Sequence[Tensor], *inputs: Tensor) -> None:
     plan, _, _, marginal_error, rounds, history = solution
     ctx.mark_non_differentiable(marginal_error, rounds, history)
-    ctx.save_for_backward(*tokens, similarity, *weights, plan, rounds, history)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, plan, rounds, history)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -76,21 +103,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _tokens_backward(ctx: Any, grad_similarity: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    x, y, similarity, *_ = ctx.saved_tensors
-    grad, grad_a, grad_b = _solve_gradient(ctx.saved_tensors[2:], ctx.options, grads)
+    x, y, *solved = ctx.saved_tensors
+    grad, grad_a, grad_b = _solve_gradient(solved, ctx.options, grads)
     grad = grad if grad_similarity is None else grad + grad_similarity
-    return (*attention.similarity_gradient(grad, similarity, x, y, ctx.kind), grad_a, grad_b, *[None] * 6)
-
-
-def _solve_gradient(
-    saved: tuple[Tensor, ...], options: list[Any], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor, ...]:
-    similarity, a, b, plan, rounds, history = saved
-    implicit = options[3]
-    if not implicit and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
-        plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(similarity, a, b, *options, True)
-    incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
-    return torch.ops.otfuse.sinkhorn_cpu_backward(similarity, a, b, *options, plan, rounds, history, *incoming)
+    return (*attention.similarity_gradient(grad, solved[0], x, y, ctx.kind), grad_a, grad_b, *[None] * 6)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,36 +114,42 @@ def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(*inputs[:3], *inputs[-3:])
 
 
-def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    epsilon, num_iters, tol, implicit = ctx.options
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    scale, num_iters, tol, implicit = ctx.options
     if implicit:
         raise RuntimeError('grad="implicit" has first derivatives only; pass grad="unroll" to differentiate twice')
-    return _second_order(ctx.saved_tensors, epsilon, num_iters, tol if tol > 0 else None, grads)
+    second = _second_order(ctx.saved_tensors, scale, num_iters, tol if tol > 0 else None, grads)
+    return (*second[:3], *[None] * 7, *second[3:])
+
+
+def _solve_gradient(
+    saved: Sequence[Tensor], options: list[Any], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, a, b, plan, rounds, history = saved
+    implicit = options[3]
+    if not implicit and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
+        plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(values, a, b, *options, True)
+    incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
+    return torch.ops.otfuse.sinkhorn_cpu_backward(values, a, b, *options, plan, rounds, history, *incoming)
 
 
 def _second_order(
-    saved: tuple[Tensor, ...],
-    epsilon: float,
-    num_iters: int,
-    tol: float | None,
-    grads: tuple[Tensor | None, ...],
-) -> tuple[Any, ...]:
+    saved: tuple[Tensor, ...], scale: float, num_iters: int, tol: float | None, grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
+    from otfuse.backends.torch import scaling, solve
 
-    def solve(similarity: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        solution = plain.solve(
-            lambda s, a, b: plain.scaling(s, a, b, epsilon, num_iters, tol),
-            similarity,
-            plain.Marginals(a, b, masked=True),
-        )
-        return tuple(_no_infinity(output) for output in solution[:3])
+    epsilon, sign = 1 / abs(scale), 1 if scale > 0 else -1
 
-    def first(similarity: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(solve, similarity, a, b)[1](outer)
+    def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        p = attention.Marginals(a, b, masked=True)
+        outputs = solve(lambda s, a, b: scaling(s, a, b, epsilon, num_iters, tol), sign * values, p)
+        return tuple(_no_infinity(output) for output in outputs[:3])
 
-    gradient, pull_back = torch.func.vjp(first, *saved)[:2]
-    second = pull_back(tuple(torch.zeros_like(g) if grad is None else grad for g, grad in zip(gradient, grads)))
-    return (*second[:3], *[None] * 7, *second[3:])
+    def gradient(values: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(solution, values, a, b)[1](outer)
+
+    return torch.func.vjp(gradient, *saved)[1](grads)
 
 
 def _no_infinity(potential: Tensor) -> Tensor:
@@ -143,17 +165,16 @@ def _batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, 
         for value, dim in zip(args, in_dims):
             if isinstance(value, Tensor):
                 spread = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-                folded.append(spread.flatten(0, 1))
-            else:
-                folded.append(value)
+                value = spread.flatten(0, 1)
+            folded.append(value)
         outputs = op(*folded)
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0,) * len(outputs)
 
     return rule
 
 
-register_autograd(_library, "sinkhorn_cpu", _backward, setup_context=_setup_context)
-register_autograd(_library, "sinkhorn_tokens_cpu", _tokens_backward, setup_context=_setup_tokens_context)
-register_autograd(_library, "sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context)
+register_autograd(library, "sinkhorn_cpu", _backward, setup_context=_setup_context)
+register_autograd(library, "sinkhorn_tokens_cpu", _tokens_backward, setup_context=_setup_tokens_context)
+register_autograd(library, "sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context)
 for _name in ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward"):
     torch.library.register_vmap(f"otfuse::{_name}", _batched(getattr(torch.ops.otfuse, _name)))

@@ -56,3 +56,10 @@ def register_autograd(
             return op(*args)
 
     library.impl(name, kernel, "Autograd")
+
+
+def may_differentiate(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, forward mode or a transform of ``torch.func`` may want to see a call with these arguments."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)

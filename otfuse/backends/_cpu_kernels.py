@@ -217,7 +217,10 @@ def _weight_range(weights):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _survey(S, a, b, scale):
-    """(form, max S, dense): the form by the spread of log K and of the weights that scalings must span."""
+    """(form, shift, dense): the form by the spread of log K and of the weights that scalings must span.
+
+    ``shift`` is the S of the largest entry of K = exp(S scale): the smallest S if S is a cost, scale < 0.
+    """
     mass_a, low_a, high_a, dense_a = _weight_range(a)
     mass_b, low_b, high_b, dense_b = _weight_range(b)
     dense = dense_a and dense_b
@@ -239,11 +242,11 @@ def _survey(S, a, b, scale):
                     low, high = min(low, row_low), max(high, row_high)
     if not finite:
         return NOT_FINITE, 0.0, dense
-    spread = (float(high) - float(low)) * scale
+    spread = (float(high) - float(low)) * abs(scale)
     weights_spread = math.log(high_a / low_a) + math.log(high_b / low_b)
     most = 40.0 if S.itemsize == 4 else 300.0
     form = SCALING if spread <= most and spread + weights_spread <= 1.5 * most else ABSORBED
-    return form, float(high), dense
+    return form, float(high if scale > 0 else low), dense
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -400,10 +403,10 @@ def _record(history, form, w, live, log_w):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history):
-    """Returns (marginal_error, rounds run, form, max S)."""
+def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history):
+    """Returns (marginal_error, rounds run, form, shift)."""
     N, M = S.shape
-    scale = 1.0 / epsilon
+    epsilon = 1.0 / abs(scale)
     form, shift, dense = _survey(S, a, b, scale)
     if form in (NO_MASS, NOT_FINITE):
         plan[:, :] = 0 if form == NO_MASS else np.nan
@@ -474,7 +477,7 @@ def _solve_item(S, a, b, epsilon, num_iters, tol, K, columns_outer, plan, f, g, 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _outputs(like, shape, kept, addresses):
-    """plan, f, g, marginal_error, rounds; history [B, 1 + T, N + M] if kept: form and max S, then u and v by round."""
+    """plan, f, g, marginal_error, rounds; history [B, 1 + T, N + M] if kept: form and shift, then u and v by round."""
     B, N, M = shape
     plan, f, g, marginal_error, rounds, history = addresses
     return (
@@ -484,27 +487,29 @@ def _outputs(like, shape, kept, addresses):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_into(item, S, a, b, epsilon, num_iters, tol, K, columns_outer, outputs):
+def _solve_into(item, S, a, b, scale, num_iters, tol, K, columns_outer, outputs):
     """Solve one item of the batch; every output is written once."""
     plan, f, g, marginal_error, rounds, history = outputs
     N = S.shape[0]
     kept = history[item, 1:]
     marginal_error[item], rounds[item], form, shift = _solve_item(
-        S, a, b, epsilon, num_iters, tol, K, columns_outer, plan[item], f[item], g[item], kept[:, :N], kept[:, N:]
+        S, a, b, scale, num_iters, tol, K, columns_outer, plan[item], f[item], g[item], kept[:, :N], kept[:, N:]
     )
     if history.shape[1] > 0:
+        history[item, 0, :] = 0
         history[item, 0, 0], history[item, 0, 1] = form, shift
+        kept[rounds[item] if form != NOT_FINITE else 0 :] = 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def solve_items(first, last, like, shape, S, a, b, epsilon, num_iters, tol, kept, addresses):
+def solve_items(first, last, like, shape, S, a, b, scale, num_iters, tol, kept, addresses):
     """Solve items first … last - 1 of the batch. Tensors come as addresses; numbers are of the type of ``like``."""
     B, N, M = shape
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     for item in range(first, last):
-        _solve_into(item, S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer, outputs)
+        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -525,6 +530,8 @@ def _similarity(products, turned, x, y, cosine, S):
     if cosine:
         _inverse_norms(x, scale_x)
         _inverse_norms(y, scale_y)
+    elif not turned:
+        return
     for i in range(N):
         for j in range(M):
             S[i, j] = (products[j, i] if turned else products[i, j]) * scale_x[i] * scale_y[j]
@@ -544,7 +551,7 @@ def attend_items(
     cosine,
     a,
     b,
-    epsilon,
+    scale,
     num_iters,
     tol,
     S,
@@ -553,14 +560,14 @@ def attend_items(
 ):
     """``solve_items`` from the products of the tokens; writes the similarity S as well."""
     B, N, M = shape
-    products = _array(products, (B, M, N) if turned else shape, like)
+    products = _array(products, (B, M, N) if turned else shape, like)  # S itself unless turned
     x, y = _array(x, (B, N, features), like), _array(y, (B, M, features), like)
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     for item in range(first, last):
         _similarity(products[item], turned, x[item], y[item], cosine, S[item])
-        _solve_into(item, S[item], a[item], b[item], epsilon, num_iters, tol, K, columns_outer, outputs)
+        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -686,15 +693,6 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _refold(K, total, S, a, b, scale, log_u, log_v, outer_terms, inner_terms, count):
-    """Take the terms gathered so far, which belong to the present K, into the total; then fold anew."""
-    if count > 0:
-        _combine(K, outer_terms, inner_terms, count)
-        total += K
-    _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, log_v)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
 def _near(log_w, folded, live, limit):
     for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
         if live[i] != 0 and not abs(log_w[i] - folded[i]) <= limit:
@@ -709,29 +707,32 @@ def _relative(log_w, folded, live, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _unroll_absorbed(K, total, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b):
     """Back through rounds whose scalings are kept as logarithms, folding K anew where they have moved far.
 
-    A half round folded at its own scalings has rows (or columns) that sum to the marginals: always safe.
+    A half round folded at its own scalings has rows (or columns) that sum to the marginals: always safe. What
+    was folded for which terms is kept as vectors, and K comes out as in the other two.
     """
     N, M = a.shape[0], b.shape[0]
     limit = 15.0 if K.itemsize == 4 else 100.0
     outer_terms, inner_terms = _terms(N, M, rounds, K)
-    fold_u, fold_v = np.full(N, np.inf), np.full(M, np.inf)
+    folds_u, folds_v = np.zeros((2 * rounds, N)), np.zeros((2 * rounds, M))
+    starts = np.zeros(2 * rounds + 1, np.int64)  # the first term of each fold
     gathered, none = np.zeros(M, K.dtype), np.zeros(N, K.dtype)
     sums, slope = np.zeros(N, K.dtype), np.ones(N, K.dtype)
     before = np.zeros(M)
-    count = 0
+    count, folds = 0, 0
     for t in range(rounds - 1, -1, -1):
         log_u, log_v = u_history[t], v_history[t]
-        if not (_near(log_u, fold_u, a, limit) and _near(log_v, fold_v, b, limit)):
-            fold_u[:] = log_u
-            fold_v[:] = log_v
-            _refold(K, total, S, a, b, scale, fold_u, fold_v, outer_terms, inner_terms, count)
-            count = 0
+        if folds == 0 or not (
+            _near(log_u, folds_u[folds - 1], a, limit) and _near(log_v, folds_v[folds - 1], b, limit)
+        ):
+            folds_u[folds], folds_v[folds], starts[folds] = log_u, log_v, count
+            folds += 1
+            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, log_v)
         u, wv = outer_terms[count], inner_terms[count]
-        _relative(log_u, fold_u, a, u)
-        _relative(log_v, fold_v, b, gathered)
+        _relative(log_u, folds_u[folds - 1], a, u)
+        _relative(log_v, folds_v[folds - 1], b, gathered)
         _weighted(gathered, dv, b, wv)
         pass_affine(K, wv, none, slope, sums, gathered)
         count += 1
@@ -740,71 +741,50 @@ def _unroll_absorbed(K, total, S, a, b, scale, u_history, v_history, rounds, du,
             grad_a[i] += du[i] / a[i] if a[i] != 0 else 0.0
         for j in range(M):
             grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
-        if t > 0:
-            before[:] = v_history[t - 1]
-        else:
-            before[:] = 0
-        if not _near(before, fold_v, b, limit):
-            fold_u[:] = log_u
-            fold_v[:] = before
-            _refold(K, total, S, a, b, scale, fold_u, fold_v, outer_terms, inner_terms, count)
-            count = 0
+            before[j] = v_history[t - 1, j] if t > 0 else 0.0
+        if not _near(before, folds_v[folds - 1], b, limit):
+            folds_u[folds], folds_v[folds], starts[folds] = log_u, before, count
+            folds += 1
+            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, before)
         wu, v_before = outer_terms[count], inner_terms[count]
-        _relative(log_u, fold_u, a, sums)
+        _relative(log_u, folds_u[folds - 1], a, sums)
         _weighted(sums, du, a, wu)
-        _relative(before, fold_v, b, v_before)
-        offset = wu.copy()
-        pass_affine(K, v_before, offset, none, sums, gathered)  # sums = wu, gathered = Kᵀ wu
+        _relative(before, folds_v[folds - 1], b, v_before)
+        pass_affine(K, v_before, wu.copy(), none, sums, gathered)  # sums = wu, gathered = Kᵀ wu
         count += 1
         for j in range(M):
             dv[j] = -v_before[j] * gathered[j]
         du[:] = 0
-    _combine(K, outer_terms, inner_terms, count)
-    total += K
+    starts[folds] = count
+    _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds):
+    """K := the sum over folds of the folded kernel times its own rank-one terms, a row at a time."""
+    N, M = S.shape
+    row, total = np.zeros((1, M), K.dtype), np.zeros(M, K.dtype)
+    for i in range(N):
+        total[:] = 0
+        if a[i] != 0:
+            for fold in range(folds):
+                first, last = starts[fold], starts[fold + 1]
+                _fold_row(row[0], S[i], scale, folds_u[fold, i], folds_v[fold], b)
+                _combine(row, outer_terms[first:last, i : i + 1].copy(), inner_terms[first:last], last - first)
+                total += row[0]
+        K[i] = total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_item(
-    S,
-    a,
-    b,
-    epsilon,
-    plan,
-    form,
-    shift,
-    rounds,
-    u_history,
-    v_history,
-    du,
-    dv,
-    K,
-    columns_outer,
-    grad_S,
-    grad_a,
-    grad_b,
+    S, a, b, scale, form, shift, rounds, u_history, v_history, du, dv, K, columns_outer, grad_S, grad_a, grad_b
 ):
     """grad_S comes out as K times the rank-one terms: what the rounds themselves take from dL."""
     N, M = S.shape
-    scale = 1.0 / epsilon
-    unused = np.zeros(0)
     if form == ABSORBED:
-        grad_S[:, :] = 0
-        _unroll_absorbed(
-            np.empty((N, M), S.dtype),
-            grad_S,
-            S,
-            a,
-            b,
-            scale,
-            u_history,
-            v_history,
-            rounds,
-            du,
-            dv,
-            grad_a,
-            grad_b,
-        )
+        _unroll_absorbed(grad_S, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b)
         return
+    unused = np.zeros(0)
     if K.shape[0] == 0:
         K = grad_S
     _fill(K, columns_outer, grad_S, S, a, b, False, form, shift, scale, unused, unused)
@@ -829,7 +809,7 @@ def _gradients(like, shape, addresses):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def unroll_items(first, last, like, shape, S, a, b, epsilon, plan, rounds, history, kept, addresses):
+def unroll_items(first, last, like, shape, S, a, b, scale, plan, rounds, history, kept, addresses):
     """The gradient of the rounds that were run, for items first … last - 1."""
     B, N, M = shape
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
@@ -845,12 +825,12 @@ def unroll_items(first, last, like, shape, S, a, b, epsilon, plan, rounds, histo
             continue
         grad_a[item] = 0
         grad_b[item] = 0
-        _weigh(grad_plan[item], plan[item], grad_f[item], grad_g[item], epsilon, du, dv)
+        _weigh(grad_plan[item], plan[item], grad_f[item], grad_g[item], 1 / abs(scale), du, dv)
         _unroll_item(
-            S[item], a[item], b[item], epsilon, plan[item], form, shift, rounds[item], history[item, 1:, :N],
-            history[item, 1:, N:], du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
+            S[item], a[item], b[item], scale, form, shift, rounds[item], history[item, 1:, :N], history[item, 1:, N:],
+            du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
         )  # fmt: skip
-        _finish(grad_S[item], grad_plan[item], plan[item], epsilon)
+        _finish(grad_S[item], grad_plan[item], plan[item], scale)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -862,12 +842,12 @@ def _no_gradient(form, grad_S, grad_a, grad_b):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _finish(grad_S, grad_plan, plan, epsilon):
-    """grad_S = (grad_plan plan - what the rounds take) / epsilon; a plan of zero takes no part."""
+def _finish(grad_S, grad_plan, plan, scale):
+    """grad_S = (grad_plan plan - what the rounds take) scale; a plan of zero takes no part."""
     for i in range(plan.shape[0]):
         for j in range(plan.shape[1]):
             weighed = grad_plan[i, j] * plan[i, j] if plan[i, j] != 0 else 0.0
-            grad_S[i, j] = (weighed - grad_S[i, j]) / epsilon
+            grad_S[i, j] = (weighed - grad_S[i, j]) * scale
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -908,11 +888,11 @@ def _centred_solve(plan, rows, columns, right):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _implicit_item(plan, grad_plan, grad_f, grad_g, epsilon, grad_S, grad_a, grad_b):
+def _implicit_item(plan, grad_plan, grad_f, grad_g, scale, grad_S, grad_a, grad_b):
     """Adjoint of the fixed point: J (lambda, mu) = (du, dv), then grad_S, and grad_a, grad_b = lambda, mu."""
     N, M = plan.shape
     du, dv = np.zeros(N), np.zeros(M)
-    _weigh(grad_plan, plan, grad_f, grad_g, epsilon, du, dv)
+    _weigh(grad_plan, plan, grad_f, grad_g, 1 / abs(scale), du, dv)
     rows, columns = np.zeros(N), np.zeros(M)
     for i in range(N):
         for j in range(M):
@@ -930,13 +910,13 @@ def _implicit_item(plan, grad_plan, grad_f, grad_g, epsilon, grad_S, grad_a, gra
         grad_a[i] = outer[i]
         for j in range(M):
             weighed = grad_plan[i, j] * plan[i, j] if plan[i, j] != 0 else 0.0
-            grad_S[i, j] = (weighed - plan[i, j] * (outer[i] + mu[j])) / epsilon
+            grad_S[i, j] = (weighed - plan[i, j] * (outer[i] + mu[j])) * scale
     for j in range(M):
         grad_b[j] = mu[j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def implicit_items(first, last, like, shape, plan, epsilon, addresses):
+def implicit_items(first, last, like, shape, plan, scale, addresses):
     """The gradient of the converged plan, for items first … last - 1."""
     plan = _array(plan, shape, like)
     grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b = _gradients(like, shape, addresses)
@@ -945,6 +925,6 @@ def implicit_items(first, last, like, shape, plan, epsilon, addresses):
             _no_gradient(NOT_FINITE, grad_S[item], grad_a[item], grad_b[item])
         else:
             _implicit_item(
-                plan[item], grad_plan[item], grad_f[item], grad_g[item], epsilon,
+                plan[item], grad_plan[item], grad_f[item], grad_g[item], scale,
                 grad_S[item], grad_a[item], grad_b[item],
             )  # fmt: skip

@@ -57,6 +57,10 @@ class Backend:
         """Sinkhorn-Knopp on ``similarity`` [B, N, M] in the solve dtype, differentiable as ``problem.grad`` says."""
         raise NotImplementedError
 
+    def solve_cost(self, cost: Tensor, p: Marginals, problem: Problem) -> Solution:
+        """The same for a cost, which is a similarity with the other sign."""
+        return self.solve(-cost, p, problem)
+
     def solve_tokens(self, x: Tensor, y: Tensor, p: Marginals, problem: Problem) -> tuple[Tensor, Solution]:
         """The similarity of tokens in the solve dtype, padding cleared, and its solution."""
         similarity = attention.similarity(x, y, problem.similarity)

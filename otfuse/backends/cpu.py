@@ -1,7 +1,7 @@
 """numba on a CPU: one fused pass a round, an item at a time in cache, threads over items.
 
-The compiled code (``_cpu_kernels``) is cached on disk. ``otfuse.ops`` registers the two launchers with torch,
-so that autograd, vmap, ``torch.compile`` and ``torch.export`` see one node each.
+The compiled code (``_cpu_kernels``) is cached on disk. The launchers stand behind the ops of ``otfuse.ops``, so
+that autograd, vmap, ``torch.compile`` and ``torch.export`` see one node each.
 
 Letters: B batch, N rows, M columns, T rounds.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otfuse import attention
+from otfuse import attention, ops
 from otfuse.attention import Marginals
 from otfuse.backends.base import Backend, Solution, is_installed
 from otfuse.problem import Problem
@@ -39,57 +39,40 @@ class CpuBackend(Backend):
         return [] if device.type == "cpu" else [f"the tensors are on '{device}' (needs CPU)"]
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
-        options, history = _options(problem, similarity, p.a, p.b)
-        inputs = _detached(problem, similarity, p.a, p.b)
-        return Solution(*torch.ops.otfuse.sinkhorn_cpu.default(*inputs, *options, history)[:5])
+        return self._solve(similarity, 1 / problem.epsilon, p, problem)
+
+    def solve_cost(self, cost: Tensor, p: Marginals, problem: Problem) -> Solution:
+        return self._solve(cost, -1 / problem.epsilon, p, problem)
+
+    def _solve(self, values: Tensor, scale: float, p: Marginals, problem: Problem) -> Solution:
+        inputs, options = _prepared(problem, scale, values, p.a, p.b)
+        return Solution(*ops.call(torch.ops.otfuse.sinkhorn_cpu.default, *inputs, *options)[:5])
 
     def solve_tokens(self, x: Tensor, y: Tensor, p: Marginals, problem: Problem) -> tuple[Tensor, Solution]:
-        options, history = _options(problem, x, y, p.a, p.b)
-        inputs = _detached(problem, x, y, p.a, p.b)
-        similarity, *outputs = torch.ops.otfuse.sinkhorn_tokens_cpu.default(
-            *inputs, problem.similarity == "cosine", *options, history
+        inputs, options = _prepared(problem, 1 / problem.epsilon, x, y, p.a, p.b)
+        similarity, *outputs = ops.call(
+            torch.ops.otfuse.sinkhorn_tokens_cpu.default, *inputs, problem.similarity == "cosine", *options
         )
         if problem.grad == "detach" and torch.is_grad_enabled():
             similarity = attention.similarity(x, y, problem.similarity)  # the loss still learns through it
         return similarity, Solution(*outputs[:5])
 
 
-def _options(problem: Problem, *inputs: Tensor) -> tuple[tuple[float, int, float, bool], bool]:
-    """(epsilon, num_iters, tol, implicit), and whether a gradient is foreseen that needs the history."""
+def _prepared(problem: Problem, scale: float, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The inputs as ``problem.grad`` wants them, and the ops' options: ops.OPTIONS and whether to keep a history."""
+    if problem.grad == "detach":
+        inputs = tuple(tensor.detach() for tensor in inputs)
+    history = problem.grad == "unroll" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     tol = -1.0 if problem.tol is None else problem.tol
-    history = problem.grad == "unroll" and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return (problem.epsilon, problem.num_iters, tol, problem.grad == "implicit"), history
-
-
-def _detached(problem: Problem, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.detach() for t in inputs) if problem.grad == "detach" else inputs
-
-
-def new_outputs(similarity: Tensor, num_iters: int, history: bool) -> tuple[Tensor, ...]:
-    """Room for plan, f, g, marginal_error, num_iters, and the history [B, 1 + T, N + M] if wanted.
-
-    The history is in float64: logarithms of scalings reach thousands at small epsilon, and what float32 would
-    round away there is a factor on the gradient.
-    """
-    B, N, M = similarity.shape
-    new = similarity.new_empty
-    kept = 1 + num_iters if history else 0
-    return (
-        new((B, N, M)), new((B, N)), new((B, M)), new((B,)), new((B,), dtype=torch.int32),
-        new((B, kept, N + M), dtype=torch.float64),
-    )  # fmt: skip
-
-
-def new_gradients(similarity: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return similarity.new_empty(similarity.shape), a.new_empty(a.shape), b.new_empty(b.shape)
+    return inputs, (scale, problem.num_iters, tol, problem.grad == "implicit", history)
 
 
 def launch_sinkhorn(
-    similarity: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int, tol: float, implicit: bool, history: bool
+    values: Tensor, a: Tensor, b: Tensor, scale: float, num_iters: int, tol: float, implicit: bool, history: bool
 ) -> tuple[Tensor, ...]:
-    outputs = new_outputs(similarity, num_iters, history)
-    call = _Call(similarity, num_iters)
-    inputs = (*call.addresses(similarity, a, b), epsilon, num_iters, tol)
+    outputs = ops.new_solution(values, num_iters, history)
+    call = _Call(values, num_iters)
+    inputs = (*call.addresses(values, a, b), scale, num_iters, tol)
     call.over_items("solve_items", *inputs, outputs[-1].shape[1], call.addresses(*outputs))
     return outputs
 
@@ -100,27 +83,28 @@ def launch_sinkhorn_tokens(
     a: Tensor,
     b: Tensor,
     cosine: bool,
-    epsilon: float,
+    scale: float,
     num_iters: int,
     tol: float,
     implicit: bool,
     history: bool,
 ) -> tuple[Tensor, ...]:
     products, turned = attention.token_products(x, y)
-    similarity = products.new_empty(x.shape[0], x.shape[1], y.shape[1])
-    outputs = new_outputs(similarity, num_iters, history)
+    # Where nothing has to be turned the norms divide in place: one matrix less.
+    similarity = products.new_empty(x.shape[0], x.shape[1], y.shape[1]) if turned else products
+    outputs = ops.new_solution(similarity, num_iters, history)
     call = _Call(similarity, num_iters)
     tokens = (x.shape[2], *call.addresses(products), turned, *call.addresses(x, y), cosine, *call.addresses(a, b))
     room = (*call.addresses(similarity), outputs[-1].shape[1], call.addresses(*outputs))
-    call.over_items("attend_items", *tokens, epsilon, num_iters, tol, *room)
+    call.over_items("attend_items", *tokens, scale, num_iters, tol, *room)
     return similarity, *outputs
 
 
 def launch_sinkhorn_backward(
-    similarity: Tensor,
+    values: Tensor,
     a: Tensor,
     b: Tensor,
-    epsilon: float,
+    scale: float,
     num_iters: int,
     tol: float,
     implicit: bool,
@@ -131,15 +115,20 @@ def launch_sinkhorn_backward(
     grad_f: Tensor,
     grad_g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = new_gradients(similarity, a, b)
-    call = _Call(similarity, 2 * num_iters)
+    gradients = ops.new_gradients(values, a, b)
+    call = _Call(values, 2 * num_iters)
     passed = call.addresses(grad_plan, grad_f, grad_g, *gradients)
     if implicit:
-        call.over_items("implicit_items", *call.addresses(plan), epsilon, passed)
+        call.over_items("implicit_items", *call.addresses(plan), scale, passed)
     else:
-        inputs = (*call.addresses(similarity, a, b), epsilon, *call.addresses(plan, rounds, history))
+        inputs = (*call.addresses(values, a, b), scale, *call.addresses(plan, rounds, history))
         call.over_items("unroll_items", *inputs, history.shape[1], passed)
     return gradients
+
+
+ops.library.impl("sinkhorn_cpu", launch_sinkhorn, "CPU")
+ops.library.impl("sinkhorn_tokens_cpu", launch_sinkhorn_tokens, "CPU")
+ops.library.impl("sinkhorn_cpu_backward", launch_sinkhorn_backward, "CPU")
 
 
 class _Call:

@@ -42,7 +42,7 @@ class TorchBackend(Backend):
 
         def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
             bound = problem.similarity_bound
-            return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, bound, uniform)
+            return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, bound, uniform, p.masked)
 
         if problem.grad == "unroll":
             return solve(solver, similarity, p)
@@ -89,13 +89,15 @@ def scaling(
     tol: float | None = None,
     bound: float | None = None,
     uniform: bool = False,
+    masked: bool = True,
 ) -> Solution:
     """The same by scalings: one exponential per entry where ``bound >= |S|`` proves that safe.
 
     Otherwise the first round is done in the log domain, and the scalings are folded into the kernel every
     few rounds (absorption), every round unless the weights are known to be ``uniform`` (over a mask, say).
-    After the first round no row or column sum can underflow: see docs/numerics.md.
-    The folded part carries no gradient; the result does not depend on it.
+    After the first round no row or column sum can underflow: see docs/numerics.md. Those of padding can, so
+    unless ``masked`` is False (no weight is zero) they are lifted: 0 / 0 is NaN. The folded part carries no
+    gradient; the result does not depend on it.
     """
     log_kernel = similarity / epsilon  # [B, N, M]
     safe, absorb_every = SCALING_RANGE[similarity.dtype], ABSORB_EVERY
@@ -116,6 +118,7 @@ def scaling(
     num_iters_run = torch.full_like(a[:, 0], first, dtype=torch.int32)  # [B]
     active = num_iters_run == first
 
+    padding_a, padding_b = (a == 0).to(a.dtype), (b == 0).to(b.dtype)
     kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
     for t in range(first, num_iters):
         if not one_piece and t > first and (t - first) % absorb_every == 0:
@@ -124,8 +127,9 @@ def scaling(
             kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
         if tol is not None and t > 0:
             active = active & ~((u * rows - a).detach().abs().sum(1) < tol)
-        new_u = a / rows
-        new_v = b / (kernel * new_u[:, :, None]).sum(1)
+        new_u = a / (rows + padding_a if masked else rows)
+        columns = (kernel * new_u[:, :, None]).sum(1)
+        new_v = b / (columns + padding_b if masked else columns)
         if tol is not None:
             new_u, new_v = torch.where(active[:, None], new_u, u), torch.where(active[:, None], new_v, v)
         u, v = new_u, new_v
