@@ -58,8 +58,13 @@ def register_autograd(
     library.impl(name, kernel, "Autograd")
 
 
+def is_transformed() -> bool:
+    """Whether this is inside a transform of ``torch.func``, or in forward mode."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def may_differentiate(args: tuple[Any, ...]) -> bool:
-    """Whether autograd, forward mode or a transform of ``torch.func`` may want to see a call with these arguments."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    """Whether autograd or a transform may want to see a call with these arguments."""
+    if is_transformed():
         return True
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)

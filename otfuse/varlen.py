@@ -77,13 +77,12 @@ def sinkhorn_attend_varlen(
         _Packing(cu_seqlens_x, max_seqlen_x, len(x)),
         _Packing(cu_seqlens_y, max_seqlen_y, len(y)),
     )
-    fits = packing_x.fits & packing_y.fits  # [B, 1]
     out = sinkhorn_attend(
         packing_x.pad(x),
         packing_y.pad(y),
         epsilon,
-        a=packing_x.pad_weights(a, fits),
-        b=packing_y.pad_weights(b, fits),
+        a=packing_x.pad_weights(a),
+        b=packing_y.pad_weights(b),
         similarity=similarity,
         num_iters=num_iters,
         tol=tol,
@@ -92,8 +91,15 @@ def sinkhorn_attend_varlen(
         return_plan=return_plan,
         backend=backend,
     )
-    return out._replace(
-        x=packing_x.pack(out.x), y=packing_y.pack(out.y), f=packing_x.pack(out.f), g=packing_y.pack(out.g)
+    fits = packing_x.fits & packing_y.fits  # [B]
+    return SinkhornAttendOutput(
+        packing_x.pack(out.x, fits),
+        packing_y.pack(out.y, fits),
+        None if out.plan is None else torch.where(fits[:, None, None], out.plan, torch.nan),
+        packing_x.pack(out.f, fits),
+        packing_y.pack(out.g, fits),
+        torch.where(fits, out.marginal_error, torch.nan),
+        out.num_iters,
     )
 
 
@@ -104,7 +110,7 @@ class _Packing:
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()  # [B]
         places = torch.arange(max_seqlen, device=cu_seqlens.device)
         source = starts[:, None] + places  # [B, max_seqlen], in the packed tokens
-        self.fits = (ends - starts <= max_seqlen)[:, None]  # [B, 1]
+        self.fits = ends - starts <= max_seqlen  # [B]
         self.valid = source < ends[:, None]
         self.source = source.clamp(0, max(total - 1, 0))
         tokens = torch.arange(total, device=cu_seqlens.device)
@@ -117,19 +123,19 @@ class _Packing:
             return tokens.new_zeros(*self.valid.shape, tokens.shape[1])
         return tokens[self.source]
 
-    def pad_weights(self, weights: Tensor | None, fits: Tensor) -> Tensor:
-        """[T] to [B, max_seqlen]; NaN for an item that was cut off, on both sides, or it might pass as empty."""
-        if weights is None:
-            weights = self.item >= 0
-        padded = self.valid if not len(weights) else torch.where(self.valid, weights[self.source], 0)
-        padded = padded.float() if padded.dtype == torch.bool else padded
-        return torch.where(fits, padded, torch.nan)
+    def pad_weights(self, weights: Tensor | None) -> Tensor:
+        """[T] to [B, max_seqlen]; a mask stays one."""
+        if weights is None or not len(weights):
+            return self.valid
+        return torch.where(self.valid, weights[self.source], 0 if weights.dtype != torch.bool else False)
 
-    def pack(self, padded: Tensor) -> Tensor:
-        """[B, max_seqlen, ...] to [T, ...]."""
+    def pack(self, padded: Tensor, fits: Tensor) -> Tensor:
+        """[B, max_seqlen, ...] to [T, ...]; NaN for an item that was cut off."""
         if not len(self.item):
             return padded.flatten(0, 1)[:0]
-        return padded[self.item, self.place]
+        packed = padded[self.item, self.place]
+        whole = fits[self.item]
+        return torch.where(whole[:, None] if packed.dim() == 2 else whole, packed, torch.nan)
 
 
 def _check_packing(side: str, cu_seqlens: object, max_seqlen: object, tokens: Tensor) -> None:

@@ -74,7 +74,7 @@ def _exp(x, like):
 
 @overload(_exp, inline="always")
 def _exp_overload(x, like):
-    """exp(x) in the type of ``like``: libm's is not vectorised, this is for float32 (1.3 ulp).
+    """exp(x) in the type of ``like``: libm's is not vectorised, this is for float32 (1 ulp).
 
     A float64 x is reduced in float64 first, so that the result has no more error where x is large.
     """
@@ -571,28 +571,33 @@ def attend_items(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _combine(K, outer_terms, inner_terms, count):
+def _combine_lines(K, first_line, outer_terms, inner_terms, start, stop, sums):
+    """Up to four lines of K, which are lines first_line … of the whole: each entry times its rank-one terms' sum."""
+    lines, length = K.shape
+    last = outer_terms.shape[1] - 1
+    o0, o1 = first_line, min(first_line + 1, last)
+    o2, o3 = min(first_line + 2, last), min(first_line + 3, last)
+    sums[:, :] = 0
+    for k in range(start, stop):
+        w0, w1, w2, w3 = outer_terms[k, o0], outer_terms[k, o1], outer_terms[k, o2], outer_terms[k, o3]
+        for i in range(length):
+            w = inner_terms[k, i]
+            sums[0, i] += w0 * w
+            sums[1, i] += w1 * w
+            sums[2, i] += w2 * w
+            sums[3, i] += w3 * w
+    for line in range(lines):
+        for i in range(length):
+            K[line, i] *= sums[line, i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _combine(K, outer_terms, inner_terms):
     """K := K * (outer_termsᵀ inner_terms), elementwise: the history's rank-one terms, four lines at a time."""
     lines, length = K.shape
     sums = np.empty((4, length), K.dtype)
-    s0, s1, s2, s3 = sums[0], sums[1], sums[2], sums[3]
     for o in range(0, lines, 4):
-        sums[:, :] = 0
-        o1, o2, o3 = min(o + 1, lines - 1), min(o + 2, lines - 1), min(o + 3, lines - 1)
-        for k in range(count):
-            inner = inner_terms[k]
-            w0, w1 = outer_terms[k, o], outer_terms[k, o1]
-            w2, w3 = outer_terms[k, o2], outer_terms[k, o3]
-            for i in range(length):
-                w = inner[i]
-                s0[i] += w0 * w
-                s1[i] += w1 * w
-                s2[i] += w2 * w
-                s3[i] += w3 * w
-        for line in range(o, min(o + 4, lines)):
-            K_line, sum_line = K[line], sums[line - o]
-            for i in range(length):
-                K_line[i] *= sum_line[i]
+        _combine_lines(K[o : o + 4], o, outer_terms, inner_terms, 0, outer_terms.shape[0], sums)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -656,7 +661,7 @@ def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, gr
         for j in range(M):
             grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
             dv[j] = -v_before[j] * gathered[j]
-    _combine(K, outer_terms, inner_terms, 2 * rounds)
+    _combine(K, outer_terms, inner_terms)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -689,7 +694,7 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
             pass_affine(K, wu, offset, slope, outer_terms[2 * t - 2], gathered)
         else:
             _ones_where(b, v_before)
-    _combine(K, outer_terms, inner_terms, 2 * rounds)
+    _combine(K, outer_terms, inner_terms)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -761,18 +766,20 @@ def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, gr
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds):
-    """K := the sum over folds of the folded kernel times its own rank-one terms, a row at a time."""
+    """K := the sum over folds of the folded kernel times its own rank-one terms, four rows at a time."""
     N, M = S.shape
-    row, total = np.zeros((1, M), K.dtype), np.zeros(M, K.dtype)
-    for i in range(N):
-        total[:] = 0
-        if a[i] != 0:
-            for fold in range(folds):
-                first, last = starts[fold], starts[fold + 1]
-                _fold_row(row[0], S[i], scale, folds_u[fold, i], folds_v[fold], b)
-                _combine(row, outer_terms[first:last, i : i + 1].copy(), inner_terms[first:last], last - first)
-                total += row[0]
-        K[i] = total
+    folded, sums = np.empty((4, M), K.dtype), np.empty((4, M), K.dtype)
+    for i in range(0, N, 4):
+        rows = min(4, N - i)
+        K[i : i + rows] = 0
+        for fold in range(folds):
+            for row in range(rows):
+                if a[i + row] != 0:
+                    _fold_row(folded[row], S[i + row], scale, folds_u[fold, i + row], folds_v[fold], b)
+                else:
+                    folded[row] = 0
+            _combine_lines(folded[:rows], i, outer_terms, inner_terms, starts[fold], starts[fold + 1], sums)
+            K[i : i + rows] += folded[:rows]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -867,7 +874,7 @@ def _centred_solve(plan, rows, columns, right):
     for j in range(M):
         direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
     product = np.dot(residual, direction)
-    enough = product * 1e-20
+    enough = product * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):
         if not product > enough:
             break

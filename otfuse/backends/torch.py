@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from otfuse.attention import Marginals
 from otfuse.backends.base import Backend, Solution
 from otfuse.problem import Problem
+from otfuse.registration import is_transformed
 
 # K in one piece is safe while the logarithms of its entries lie this close together: those of the
 # scalings spread as far again, and float32 ends at exp(88), float64 at exp(709).
@@ -178,15 +180,48 @@ def attach_implicit_gradient(solution: Solution, similarity: Tensor, p: Marginal
     tangent = plan * (similarity - similarity.detach()) / epsilon
     excess_rows = tangent.sum(2) - (p.a - p.a.detach())
     excess_columns = tangent.sum(1) - (p.b - p.b.detach())
-    if rows.shape[1] < columns.shape[1]:
-        du, dv = _centred_solve(plan.mT, columns, rows, excess_columns, excess_rows)[::-1]
+    if rows.shape[1] < columns.shape[1]:  # the system is as large as what is left: the shorter side
+        dv, du = _centred_solve(plan.mT, columns, rows, excess_columns, excess_rows)
     else:
         du, dv = _centred_solve(plan, rows, columns, excess_rows, excess_columns)
-    return solution._replace(
-        plan=plan + tangent + plan * (du[:, :, None] + dv[:, None, :]),
-        f=solution.f + epsilon * du,
-        g=solution.g + epsilon * dv,
+    # Constants may move from f to g: they are put where the weighted mean of g's change is zero.
+    constant = (columns * dv).sum(1, keepdim=True)
+    du, dv = du + constant, dv - torch.where(columns == 0, 0, constant)
+    outputs = (
+        plan + tangent + plan * (du[:, :, None] + dv[:, None, :]),
+        solution.f + epsilon * du,
+        solution.g + epsilon * dv,
     )
+    _refuse_second_derivatives(outputs, similarity, p.a, p.b)
+    return Solution(*outputs, *solution[3:])
+
+
+class _Refusal(torch.autograd.Function):
+    """The identity on a gradient, which does not let itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: object, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        raise RuntimeError('grad="implicit" has first derivatives only; pass grad="unroll" to differentiate twice')
+
+
+def _refuse_second_derivatives(outputs: tuple[Tensor, ...], *inputs: Tensor) -> None:
+    """Autograd would give wrong ones, since the plan stands in the first derivatives as a constant.
+
+    ``torch.func`` and ``torch.compile`` take no hooks: there it is for docs/gradients.md to say.
+    """
+    if is_compiling() or is_transformed():
+        return
+
+    def refuse(grad: Tensor) -> Tensor:
+        return _Refusal.apply(grad, *inputs) if torch.is_grad_enabled() else grad
+
+    for output in outputs:
+        if output.requires_grad:
+            output.register_hook(refuse)
 
 
 def _centred_solve(
