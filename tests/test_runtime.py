@@ -82,6 +82,7 @@ def _solve_in_child(connection):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # the point
+@pytest.mark.filterwarnings("ignore:os.fork\\(\\) was called:RuntimeWarning")  # by JAX, which POT imports where it is
 def test_after_a_fork(two_threads):
     """Threads do not survive a fork: the child must not wait for those of its parent."""
     expected = solve_cost_with_gradient()

@@ -201,7 +201,7 @@ def test_a_failure_while_running_propagates(name, installed, monkeypatch):
     def never(*_):
         raise AssertionError("another backend was tried")
 
-    for method in ("solve", "attend"):
+    for method in ("solve", "solve_cost", "solve_tokens", "attend"):
         monkeypatch.setattr(type(backend), method, fail)
         for other in others:
             monkeypatch.setattr(type(other), method, never)
