@@ -38,7 +38,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def solve_precision(values: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32."""
-    return values if values.dtype == torch.float64 else values.float()
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def marginals(problem: Problem) -> Marginals:

@@ -52,9 +52,6 @@ class SpecificationBackend(Backend):
     def unavailable(self) -> list[str]:
         return []
 
-    def unsupported(self, problem: Problem) -> list[str]:
-        return []
-
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
         def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
             return plain.specification(s, a, b, problem.epsilon, problem.num_iters, problem.tol)

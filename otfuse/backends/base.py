@@ -40,6 +40,7 @@ class Backend:
     """One way to solve. Subclasses answer for themselves and never import their toolkit before they run."""
 
     name: str
+    device: str | None = None  # the type of device it runs on; None is any
 
     def unavailable(self) -> list[str]:
         """Reasons why this backend cannot run here, whatever the problem; empty when it can."""
@@ -47,7 +48,10 @@ class Backend:
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run this problem; looks at device, dtype and shape only."""
-        raise NotImplementedError
+        device = problem.values.device
+        if self.device in (None, device.type):
+            return []
+        return [f"the tensors are on '{device}' (needs {str(self.device).upper()})"]
 
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason at once, so that the user mends them in one go."""
@@ -72,11 +76,12 @@ class Backend:
         Plan and similarity come in the solve dtype, whether or not the problem asks for the plan.
         """
         assert problem.x is not None and problem.y is not None
-        x, y = problem.x.to(problem.solve_dtype), problem.y.to(problem.solve_dtype)
+        x, y = attention.solve_precision(problem.x), attention.solve_precision(problem.y)
         p = attention.marginals(problem)
         x_tokens = attention.without_padding(x, p.a, p.masked)
         y_tokens = attention.without_padding(y, p.b, p.masked)
         similarity, solution = self.solve_tokens(x_tokens, y_tokens, p, problem)
         x_out, y_out = attention.attend(x, y, x_tokens, y_tokens, solution.plan, p, problem.weights)
-        out = SinkhornAttendOutput(x_out.to(problem.x.dtype), y_out.to(problem.y.dtype), *solution)
-        return out, similarity
+        if x is not problem.x:
+            x_out, y_out = x_out.to(problem.x.dtype), y_out.to(problem.y.dtype)
+        return SinkhornAttendOutput(x_out, y_out, *solution), similarity

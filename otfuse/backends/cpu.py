@@ -30,13 +30,10 @@ WORK_PER_THREAD = 400_000
 
 class CpuBackend(Backend):
     name = "cpu"
+    device = "cpu"
 
     def unavailable(self) -> list[str]:
         return [] if is_installed("numba") else ["numba is not installed (pip install 'otfuse[cpu]')"]
-
-    def unsupported(self, problem: Problem) -> list[str]:
-        device = problem.values.device
-        return [] if device.type == "cpu" else [f"the tensors are on '{device}' (needs CPU)"]
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
         return self._solve(similarity, 1 / problem.epsilon, p, problem)

@@ -35,9 +35,6 @@ class TorchBackend(Backend):
     def unavailable(self) -> list[str]:
         return []
 
-    def unsupported(self, problem: Problem) -> list[str]:
-        return []
-
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
         # Known from the dtype alone: a mask is uniform over what it keeps.
         uniform = all(weights is None or weights.dtype == torch.bool for weights in (problem.a, problem.b))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from otfuse.backends.base import Backend, is_installed
-from otfuse.problem import Problem
 
 
 class TritonBackend(Backend):
     name = "triton"
+    device = "cuda"
 
     def unavailable(self) -> list[str]:
         reasons = ["this version of otfuse has no Triton kernels yet"]
@@ -18,7 +18,3 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available():
             reasons.append("torch finds no CUDA device")
         return reasons
-
-    def unsupported(self, problem: Problem) -> list[str]:
-        device = problem.values.device
-        return [] if device.type == "cuda" else [f"the tensors are on '{device}' (needs CUDA)"]
