@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
+TURN = 0.01  # seconds
 ROWS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
@@ -42,7 +43,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     """``compare(case, contenders, error, ...)``: check every contender's answer, then time them in turn.
 
     The first contender is ours: pytest-benchmark times it, and each of the others is timed once before every
-    one of its rounds, so that all see the same state of the machine.
+    one of its rounds, so that all see the same state of the machine. A turn is several calls, some milliseconds
+    in all: of a single call after another's one would time the cold caches.
     """
 
     def run(
@@ -51,43 +53,62 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         errors = {name: error(contender()) for name, contender in contenders.items()}
         ours, *others = contenders
         assert errors[ours] <= allowed, f"{ours} is off by {errors[ours]:.3g}, allowed {allowed:.3g}: not timed"
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        turns = {name: _Turn(contender, benchmark.enabled) for name, contender in contenders.items()}
 
         def one_of_each() -> None:
             for name in others:
-                times[name].append(_timed(contenders[name]))
+                turns[name].timed()
 
-        one_of_each()  # warm
-        longest = sum(_timed(contender) for contender in contenders.values())
-        rounds = max(5, min(400, int(request.config.getoption("--seconds") / longest))) if benchmark.enabled else 1
-        times = {name: [] for name in contenders}
-        benchmark.pedantic(contenders[ours], setup=one_of_each, rounds=rounds, warmup_rounds=min(2, rounds - 1))
+        seconds = sum(turn.seconds for turn in turns.values())
+        rounds = max(7, min(400, int(request.config.getoption("--seconds") / seconds))) if benchmark.enabled else 1
+        benchmark.pedantic(turns[ours], setup=one_of_each, rounds=rounds)
         if not benchmark.enabled:
             return
-        times[ours] = list(benchmark.stats.stats.data)
-        for name in contenders:
-            row = _row(case, name, times[name], times[ours], errors[name]) | facts
+        turns[ours].times = list(benchmark.stats.stats.data)
+        for name, turn in turns.items():
+            row = _row(case, name, turn, turns[ours], errors[name]) | facts
             request.config.stash[ROWS].append(row)
             benchmark.extra_info[name] = row
 
     return run
 
 
-def _timed(contender: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    contender()
-    return time.perf_counter() - start
+class _Turn:
+    """A contender called often enough for a turn of TURN seconds."""
+
+    def __init__(self, contender: Callable[[], Any], enabled: bool) -> None:
+        self.contender, self.calls, self.seconds = contender, 1, 0.0
+        self.times: list[float] = []
+        if enabled:
+            self.seconds = min(self.timed() for _ in range(3))
+            self.calls = max(1, round(TURN / self.seconds))
+            self.seconds *= self.calls
+            self.times = []
+
+    def __call__(self) -> None:
+        for _ in range(self.calls):
+            self.contender()
+
+    def timed(self) -> float:
+        start = time.perf_counter()
+        self()
+        self.times.append(time.perf_counter() - start)
+        return self.times[-1]
+
+    def per_call(self) -> list[float]:
+        return [seconds / self.calls for seconds in self.times]
 
 
-def _row(case: str, contender: str, times: list[float], ours: list[float], error: float) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(times[-len(ours) :], n=4)
+def _row(case: str, contender: str, turn: _Turn, ours: _Turn, error: float) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(turn.per_call(), n=4)
     return {
         "case": case,
         "contender": contender,
         "median_ms": median * 1e3,
         "quartiles_ms": [low * 1e3, high * 1e3],
-        "times_ours": median / statistics.median(ours),
-        "rounds": len(ours),
+        "times_ours": median / statistics.median(ours.per_call()),
+        "turns": len(turn.times),
+        "calls_per_turn": turn.calls,
         "error": error,
     }
 
