@@ -78,20 +78,11 @@ def without_padding(tokens: Tensor, weights: Tensor, masked: bool) -> Tensor:
 
 def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
     """[B, N, M]. The norms divide the products, not the tokens: one pass less over the features."""
-    products, turned = token_products(x, y)
-    products = products.mT if turned else products  # [B, N, M]
+    # With the longer side inside, a CPU's batched product took two thirds of the time (64 x 20 x 768).
+    products = torch.bmm(x, y.mT) if x.shape[1] <= y.shape[1] else torch.bmm(y, x.mT).mT  # [B, N, M]
     if kind == "dot":
         return products
     return products * inverse_norm(x)[:, :, None] * inverse_norm(y)[:, None, :]
-
-
-def token_products(x: Tensor, y: Tensor) -> tuple[Tensor, bool]:
-    """``x yᵀ`` [B, N, M], or for few tokens of y ``y xᵀ`` [B, M, N] and True: the longer side inside.
-
-    That way round a batch of 64 x 20 x 768 took two thirds of the time on a CPU.
-    """
-    turned = y.shape[1] <= 64 and y.shape[1] < x.shape[1]
-    return (torch.bmm(y, x.mT) if turned else torch.bmm(x, y.mT)), turned
 
 
 def inverse_norm(tokens: Tensor) -> Tensor:

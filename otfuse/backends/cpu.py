@@ -27,6 +27,8 @@ from otfuse.problem import Problem
 # some 50 µs where this was measured, in which one thread does about this many.
 WORK_PER_THREAD = 400_000
 
+CACHE = 512 * 1024  # bytes: half of a common second-level cache
+
 
 class CpuBackend(Backend):
     name = "cpu"
@@ -86,12 +88,14 @@ def launch_sinkhorn_tokens(
     implicit: bool,
     history: bool,
 ) -> tuple[Tensor, ...]:
-    products, turned = attention.token_products(x, y)
-    # Where nothing has to be turned the norms divide in place: one matrix less.
-    similarity = products.new_empty(x.shape[0], x.shape[1], y.shape[1]) if turned else products
+    B, N, D = x.shape
+    M = y.shape[1]
+    # A small item's tokens stay in cache from the products to the norms; for a large one the library is faster.
+    in_cache = (N + M) * D * x.itemsize <= CACHE and min(N, M) <= 64
+    similarity = x.new_empty(B, N, M) if in_cache else torch.bmm(x, y.mT)
     outputs = ops.new_solution(similarity, num_iters, history)
-    call = _Call(similarity, num_iters)
-    tokens = (x.shape[2], *call.addresses(products), turned, *call.addresses(x, y), cosine, *call.addresses(a, b))
+    call = _Call(similarity, num_iters + D if in_cache else num_iters)
+    tokens = (D, *call.addresses(x, y), not in_cache, cosine, *call.addresses(a, b))
     room = (*call.addresses(similarity), outputs[-1].shape[1], call.addresses(*outputs))
     call.over_items("attend_items", *tokens, scale, num_iters, tol, *room)
     return similarity, *outputs
