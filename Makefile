@@ -13,7 +13,7 @@ demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests benchmarks
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -109,7 +110,7 @@ def _row(case: str, contender: str, turn: _Turn, ours: _Turn, error: float) -> d
         "times_ours": median / statistics.median(ours.per_call()),
         "turns": len(turn.times),
         "calls_per_turn": turn.calls,
-        "error": error,
+        "error": None if math.isnan(error) else error,
     }
 
 

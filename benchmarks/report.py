@@ -13,7 +13,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| case | contender | median ms | quartiles | times ours | error |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         low, high = row["quartiles_ms"]
-        error = "–" if row["error"] != row["error"] else f"{row['error']:.1e}"
+        error = "–" if row["error"] is None else f"{row['error']:.1e}"
         lines.append(
             f"| {row['case']} | {row['contender']} | {row['median_ms']:.3g} | {low:.3g} … {high:.3g} "
             f"| {row['times_ours']:.2g} | {error} |"
