@@ -230,12 +230,12 @@ def test_autocast_changes_nothing(backend, device, dtype, amp, grad):
 
 @pytest.mark.parametrize("grad", ["unroll", "implicit"])
 def test_two_threads_give_the_answer_of_one(backend, device, grad):
-    cost = (rand(0, 64, 40, 48, dtype=torch.float32) * torch.logspace(-1, 1, 64)[:, None, None]).to(device)
-    a = padded_weights(1, 64, 40, torch.float32).to(device)
+    cost = (rand(0, 256, 40, 48, dtype=torch.float32) * torch.logspace(-1, 1, 256)[:, None, None]).to(device)
+    a = padded_weights(1, 256, 40, torch.float32).to(device)
     results = []
     try:
         for threads in (1, 2):
-            torch.set_num_threads(threads)  # 64 * 40 * 48 * 50 is work for a dozen
+            torch.set_num_threads(threads)  # 256 * 40 * 48 * 50 is work for six
             leaves = cost.clone().requires_grad_(), a.clone().requires_grad_()
             out = otfuse.sinkhorn(leaves[0], 0.1, leaves[1], grad=grad, tol=1e-3, backend=backend)
             results.append((*out, *torch.autograd.grad(out.plan.square().sum(), leaves)))
