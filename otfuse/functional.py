@@ -128,8 +128,7 @@ def sinkhorn(
     with attention.full_precision(cost.device):
         if 0 in problem.shape[1:]:
             return _without_tokens(problem)
-        solution = chosen.solve_cost(attention.solve_precision(cost), attention.marginals(problem), problem)
-    return SinkhornOutput(*solution._replace(plan=solution.plan.to(cost.dtype)))
+        return chosen.sinkhorn(problem)
 
 
 def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
@@ -158,15 +157,17 @@ def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
         return attention.similarity(attention.solve_precision(x), attention.solve_precision(y), kind).to(x.dtype)
 
 
-def attend_in_solve_dtype(problem: Problem, backend: str) -> tuple[SinkhornAttendOutput, Tensor]:
-    """``sinkhorn_attend`` with the plan in the solve dtype, and the similarity it was solved for."""
+def attend_in_solve_dtype(
+    problem: Problem, backend: str, similarity: bool = False
+) -> tuple[SinkhornAttendOutput, Tensor | None]:
+    """``sinkhorn_attend`` with the plan in the solve dtype, and if asked for the similarity it was solved for."""
     chosen = select(problem, backend)
     assert problem.x is not None and problem.y is not None
     with attention.full_precision(problem.x.device):
         if 0 in problem.shape[1:]:
             empty = _without_tokens(problem)
             return SinkhornAttendOutput(problem.x + 0, problem.y + 0, *empty), empty.plan
-        return chosen.attend(problem)
+        return chosen.attend(problem, similarity)
 
 
 def _without_tokens(problem: Problem) -> SinkhornOutput:

@@ -133,8 +133,8 @@ class OTFusion(torch.nn.Module):
         problem = token_problem(
             x, y, o.epsilon, a, b, o.similarity, o.num_iters, o.tol, o.weights, o.grad, return_plan=True
         )
-        out, similarity = functional.attend_in_solve_dtype(problem, o.backend)
-        assert out.plan is not None
+        out, similarity = functional.attend_in_solve_dtype(problem, o.backend, similarity=True)
+        assert out.plan is not None and similarity is not None
         loss = ot_alignment_loss(
             out.plan,
             similarity,

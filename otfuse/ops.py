@@ -144,7 +144,7 @@ def _second_order(
     def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         p = attention.Marginals(a, b, masked=True)
         outputs = solve(lambda s, a, b: scaling(s, a, b, epsilon, num_iters, tol), sign * values, p)
-        return tuple(_no_infinity(output) for output in outputs[:3])
+        return tuple(no_infinity(output) for output in outputs[:3])
 
     def gradient(values: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(solution, values, a, b)[1](outer)
@@ -152,12 +152,12 @@ def _second_order(
     return torch.func.vjp(gradient, *saved)[1](grads)
 
 
-def _no_infinity(potential: Tensor) -> Tensor:
+def no_infinity(potential: Tensor) -> Tensor:
     """-inf at padding is a constant; a zero says the same and has no NaN in its derivatives."""
     return torch.where(torch.isinf(potential), 0, potential)
 
 
-def _batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
+def batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
     """vmap by folding the extra dimension into the batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -168,7 +168,8 @@ def _batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, 
                 value = spread.flatten(0, 1)
             folded.append(value)
         outputs = op(*folded)
-        return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0,) * len(outputs)
+        unfolded = tuple(o.unflatten(0, (info.batch_size, o.shape[0] // info.batch_size)) for o in outputs)
+        return unfolded, (0,) * len(outputs)
 
     return rule
 
@@ -177,4 +178,4 @@ register_autograd(library, "sinkhorn_cpu", _backward, setup_context=_setup_conte
 register_autograd(library, "sinkhorn_tokens_cpu", _tokens_backward, setup_context=_setup_tokens_context)
 register_autograd(library, "sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context)
 for _name in ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward"):
-    torch.library.register_vmap(f"otfuse::{_name}", _batched(getattr(torch.ops.otfuse, _name)))
+    torch.library.register_vmap(f"otfuse::{_name}", batched(getattr(torch.ops.otfuse, _name)))

@@ -8,10 +8,18 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before Triton or otfuse is imported: they look at it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from otfuse.backends import BACKENDS
+from otfuse.backends.base import is_installed
+from otfuse.backends.triton import INTERPRETED
 from otfuse.problem import cost_problem
 
-BACKEND_NAMES = ("torch", "cpu")
+BACKEND_NAMES = ("torch", "cpu", "triton")
+
+if INTERPRETED and is_installed("triton"):
+    import interpreter  # noqa: F401
 
 hypothesis.settings.register_profile("local", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from otfuse.problem import SinkhornOutput
+from otfuse.backends import BACKENDS
+from otfuse.problem import SinkhornOutput, cost_problem
 from otfuse.testing import assert_as_accurate_as_reference, specified_sinkhorn
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -21,6 +22,17 @@ EPS64 = torch.finfo(torch.float64).eps
 FEW_ROUNDINGS = 64 * EPS64
 
 seeds = st.integers(0, 2**31 - 1)
+
+
+def why_not(backend: str, device: torch.device, N: int, M: int, dtype: torch.dtype = torch.float32) -> str:
+    """Why a backend is not tested on items of this size; empty if it is."""
+    (chosen,) = (candidate for candidate in BACKENDS if candidate.name == backend)
+    reasons = chosen.why_not(
+        cost_problem(torch.zeros(0, N, M, dtype=dtype, device=device), 1.0, None, None, 1, None, "unroll")
+    )
+    if backend == "triton" and device.type == "cpu" and N * M > 1300:
+        reasons.append("too slow in Triton's interpreter")
+    return "; ".join(reasons)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import assert_accurate, assert_solution_accurate, padded_weights, rand, randn, weights
+from problems import assert_accurate, assert_solution_accurate, padded_weights, rand, randn, weights, why_not
 from torch import Tensor
 
 import otfuse
@@ -113,6 +113,8 @@ def check_attend(
     ],
 )
 def test_cost(backend, device, dtype, shape, kind):
+    if reasons := why_not(backend, device, *shape, dtype):
+        pytest.skip(f"{backend}: {reasons}")
     for epsilon in (0.3, 0.01):
         ab = sides(kind, *shape, dtype)
         check_cost(backend, device, rand(0, B, *shape, dtype=dtype), epsilon, *ab, f"epsilon {epsilon}")
@@ -211,6 +213,7 @@ def test_gradients_of_a_cost(backend, device, dtype, epsilon, grad):
     # Where the fixed point is differentiated it has to be one.
     cases = ((("plan",), 50), (("plan", "f", "g"), 5)) if grad == "unroll" else ((("plan",), 400),)
     shapes = SHAPES if dtype == torch.float32 and grad == "unroll" else ((9, 1), (15, 17), (33, 20))
+    shapes = [shape for shape in shapes if not why_not(backend, device, *shape, dtype)]
     for (N, M), (names, num_iters) in ((shape, case) for shape in shapes for case in cases):
 
         def differentiate(solver, cost, a, b, names=names, num_iters=num_iters, **options):
@@ -262,6 +265,8 @@ def test_gradients_of_tokens(backend, device, form, dtype, epsilon):
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_gradients_of_large_items_in_both_forms(backend, device, shape):
     """Where the kernel matrix has no memory of its own, by scalings and by absorption."""
+    if reasons := why_not(backend, device, *shape):
+        pytest.skip(f"{backend}: {reasons}")
     for epsilon in (0.1, 0.01):
 
         def differentiate(solver, cost, epsilon=epsilon, **options):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otfuse import attention
 from otfuse.attention import Marginals
-from otfuse.problem import Problem, SinkhornAttendOutput
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
 
 class BackendError(RuntimeError):
@@ -70,18 +70,25 @@ class Backend:
         similarity = attention.similarity(x, y, problem.similarity)
         return similarity, self.solve(similarity, p, problem)
 
-    def attend(self, problem: Problem) -> tuple[SinkhornAttendOutput, Tensor]:
-        """The whole operator, and the similarity [B, N, M]; a backend that fuses it all overrides this.
+    def sinkhorn(self, problem: Problem) -> SinkhornOutput:
+        """The solver on the problem's cost; a backend that fuses the conversions overrides this."""
+        assert problem.cost is not None
+        cost = attention.solve_precision(problem.cost)
+        solution = self.solve_cost(cost, attention.marginals(problem), problem)
+        return SinkhornOutput(*solution._replace(plan=solution.plan.to(problem.cost.dtype)))
 
-        Plan and similarity come in the solve dtype, whether or not the problem asks for the plan.
+    def attend(self, problem: Problem, similarity: bool = False) -> tuple[SinkhornAttendOutput, Tensor | None]:
+        """The whole operator, and if asked for the similarity [B, N, M]; a backend that fuses it all overrides this.
+
+        Plan and similarity come in the solve dtype; either may come unasked.
         """
         assert problem.x is not None and problem.y is not None
         x, y = attention.solve_precision(problem.x), attention.solve_precision(problem.y)
         p = attention.marginals(problem)
         x_tokens = attention.without_padding(x, p.a, p.masked)
         y_tokens = attention.without_padding(y, p.b, p.masked)
-        similarity, solution = self.solve_tokens(x_tokens, y_tokens, p, problem)
+        made, solution = self.solve_tokens(x_tokens, y_tokens, p, problem)
         x_out, y_out = attention.attend(x, y, x_tokens, y_tokens, solution.plan, p, problem.weights)
         if x is not problem.x:
             x_out, y_out = x_out.to(problem.x.dtype), y_out.to(problem.y.dtype)
-        return SinkhornAttendOutput(x_out, y_out, *solution), similarity
+        return SinkhornAttendOutput(x_out, y_out, *solution), made
