@@ -10,5 +10,5 @@ KERNELS = {"otfuse.kernels.triton": "kernels/triton", "otfuse.kernels.tpc": "ker
 setup(
     packages=find_packages(include=["otfuse", "otfuse.*"]) + list(KERNELS),
     package_dir=KERNELS,
-    package_data={"otfuse": ["py.typed"]},
+    package_data={"otfuse": ["py.typed"], "otfuse.kernels.triton": ["*.json"]},
 )

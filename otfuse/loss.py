@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from otfuse.attention import full_precision, solve_precision
+from otfuse.backends import triton_loss
 from otfuse.problem import check_choice, check_pair, check_positive, check_tensor, check_weights
 
 ASSIGNMENTS = ("plan", "log_plan", "barycentric")
@@ -75,19 +76,59 @@ def ot_alignment_loss(
     check_weights("a", a, tuple(plan.shape[:2]), "[B, N]", plan)
     check_weights("b", b, (plan.shape[0], plan.shape[2]), "[B, M]", plan)
 
+    return _loss(plan, similarity, a, b, temperature, assignment, contrast, reduction, triton_loss.can_run(plan))
+
+
+def _loss(
+    plan: Tensor,
+    similarity: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    temperature: float,
+    assignment: str,
+    contrast: str,
+    reduction: str,
+    kernel: bool,
+) -> Tensor:
+    """The loss of checked arguments, by the kernel or in plain PyTorch."""
+    options = ASSIGNMENTS.index(assignment), CONTRASTS.index(contrast), reduction == "mean"
+    with full_precision(plan.device):
+        run = triton_loss.token_terms if kernel else token_terms
+        terms, has_mass = run(plan, similarity, a, b, temperature, *options)
+        if reduction == "sum":
+            return terms.sum()
+        if a is None and b is None:
+            return terms.sum() / max(plan.shape[0], 1)
+        return terms.sum() / has_mass.sum().clamp_min(1)
+
+
+def token_terms(
+    plan: Tensor,
+    similarity: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    temperature: float,
+    assignment: int,
+    contrast: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each token adds to its item's loss [B, N + M], those of x first, and whether an item has mass [B].
+
+    ``assignment`` and ``contrast`` are places in ASSIGNMENTS and CONTRASTS; with ``mean`` a token adds its share of
+    the mean over its side, otherwise its cross-entropy.
+    """
     keep_x = _keep(a, plan[:, :, 0] if plan.shape[2] else plan.sum(2))  # [B, N]
     keep_y = _keep(b, plan[:, 0, :] if plan.shape[1] else plan.sum(1))  # [B, M]
-    with full_precision(plan.device):
-        pairs = keep_x[:, :, None] & keep_y[:, None, :]
-        plan = torch.where(pairs, solve_precision(plan), 0)
-        similarity = torch.where(pairs, solve_precision(similarity), 0)
-        per_token_x = _side(plan, similarity, keep_x, temperature, assignment, contrast)  # [B, N]
-        per_token_y = _side(plan.mT, similarity.mT, keep_y, temperature, assignment, contrast)  # [B, M]
-        has_mass = keep_x.any(1) & keep_y.any(1)  # [B]
-        if reduction == "sum":
-            return torch.where(has_mass, per_token_x.sum(1) + per_token_y.sum(1), 0).sum()
-        per_item = _mean(per_token_x, keep_x) + _mean(per_token_y, keep_y)
-        return torch.where(has_mass, per_item, 0).sum() / has_mass.sum().clamp_min(1)
+    pairs = keep_x[:, :, None] & keep_y[:, None, :]
+    plan = torch.where(pairs, solve_precision(plan), 0)
+    similarity = torch.where(pairs, solve_precision(similarity), 0)
+    names = ASSIGNMENTS[assignment], CONTRASTS[contrast]
+    of_x = _side(plan, similarity, keep_x, temperature, *names)  # [B, N]
+    of_y = _side(plan.mT, similarity.mT, keep_y, temperature, *names)  # [B, M]
+    if mean:
+        of_x, of_y = _shares(of_x, keep_x), _shares(of_y, keep_y)
+    has_mass = keep_x.any(1) & keep_y.any(1)  # [B]
+    return torch.where(has_mass[:, None], torch.cat((of_x, of_y), 1), 0), has_mass
 
 
 def _keep(weights: Tensor | None, like: Tensor) -> Tensor:
@@ -117,5 +158,5 @@ def _assigned(plan: Tensor, assignment: str) -> Tensor:
     return plan / torch.where(rows == 0, 1, rows)
 
 
-def _mean(per_token: Tensor, keep: Tensor) -> Tensor:
-    return per_token.sum(1) / keep.sum(1).clamp_min(1)
+def _shares(per_token: Tensor, keep: Tensor) -> Tensor:
+    return per_token / keep.sum(1, keepdim=True).clamp_min(1)

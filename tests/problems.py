@@ -24,13 +24,18 @@ FEW_ROUNDINGS = 64 * EPS64
 seeds = st.integers(0, 2**31 - 1)
 
 
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    """Whether this runs in Triton's interpreter: the same program, some ten thousand times as slow as on a GPU."""
+    return backend == "triton" and device.type == "cpu"
+
+
 def why_not(backend: str, device: torch.device, N: int, M: int, dtype: torch.dtype = torch.float32) -> str:
     """Why a backend is not tested on items of this size; empty if it is."""
     (chosen,) = (candidate for candidate in BACKENDS if candidate.name == backend)
     reasons = chosen.why_not(
         cost_problem(torch.zeros(0, N, M, dtype=dtype, device=device), 1.0, None, None, 1, None, "unroll")
     )
-    if backend == "triton" and device.type == "cpu" and N * M > 1300:
+    if is_interpreted(backend, device) and N * M > 1300:
         reasons.append("too slow in Triton's interpreter")
     return "; ".join(reasons)
 

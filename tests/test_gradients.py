@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import FEW_ROUNDINGS, padded_weights, rand, randn, weights
+from problems import FEW_ROUNDINGS, is_interpreted, padded_weights, rand, randn, weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -52,19 +52,19 @@ def test_unrolled_cost(backend, device, inputs, sides, num_iters, epsilon):
         return out.plan, finite(out.f), finite(out.g)
 
     leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
-    assert gradcheck(solve, leaves)
+    assert gradcheck(solve, leaves, fast_mode=is_interpreted(backend, device))
 
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("form", ["plan", "barycentric"])
-def test_unrolled_attention(backend, inputs, form, similarity, epsilon):
+def test_unrolled_attention(backend, device, inputs, form, similarity, epsilon):
     def attend(x, y, a, b):
         options = {"weights": form, "similarity": similarity, "return_plan": True, "num_iters": 5}
         out = otfuse.sinkhorn_attend(x, y, epsilon, a=a, b=b, backend=backend, **options)
         return out.x, out.y, out.plan, out.f, out.g
 
-    assert gradcheck(attend, [inputs[name] for name in "xyab"])
+    assert gradcheck(attend, [inputs[name] for name in "xyab"], fast_mode=is_interpreted(backend, device))
 
 
 def test_unroll_differentiates_the_rounds_that_were_run(backend, device):
@@ -77,7 +77,7 @@ def test_unroll_differentiates_the_rounds_that_were_run(backend, device):
 
     rounds = otfuse.sinkhorn(cost, 0.1, num_iters=30, tol=1e-3, backend=backend).num_iters.tolist()
     assert len(set(rounds)) > 2 and min(rounds) < 30
-    assert gradcheck(solve, (cost,))
+    assert gradcheck(solve, (cost,), fast_mode=is_interpreted(backend, device))
     for item, num_iters in enumerate(rounds):
         one = torch.autograd.grad(solve(cost)[1][item].square().sum(), cost)[0][item]
         out = otfuse.sinkhorn(cost[[item]], 0.1, num_iters=num_iters, backend=backend)
@@ -89,6 +89,9 @@ def test_unroll_differentiates_the_rounds_that_were_run(backend, device):
 @pytest.mark.parametrize("epsilon", [0.5, 0.1])
 def test_implicit_is_the_limit_of_unroll(backend, device, epsilon, sides):
     """By losses that do not see the constant which f and g have in common: it is no matter of the fixed point."""
+    if is_interpreted(backend, device) and epsilon < 0.5:
+        pytest.skip("thousands of rounds are too slow in Triton's interpreter")
+    num_iters = 3000 if epsilon < 0.5 else 300
     cost, a, b = rand(0, B, N, M), padded_weights(7, B, N), weights(2, B, M)
     mask = a != 0
     g_plan, g_f, g_g = randn(3, B, N, M).to(device), randn(4, B, N) * mask, randn(5, B, M)
@@ -99,24 +102,24 @@ def test_implicit_is_the_limit_of_unroll(backend, device, epsilon, sides):
     results = []
     for grad in ("implicit", "unroll"):
         leaves = [leaf(value, device) for value in ((cost,) if sides == "none" else (cost, a, b))]
-        out = otfuse.sinkhorn(leaves[0], epsilon, *leaves[1:], num_iters=3000, grad=grad, backend=backend)
+        out = otfuse.sinkhorn(leaves[0], epsilon, *leaves[1:], num_iters=num_iters, grad=grad, backend=backend)
         assert (out.marginal_error < FEW_ROUNDINGS).all()
         loss = (out.plan * g_plan).sum() + (finite(out.f) * g_f.to(device)).sum() + (out.g * g_g.to(device)).sum()
         results.append(torch.autograd.grad(loss, leaves))
     for name, one, other in zip(("cost", "a", "b"), *results):
-        # Unroll gathers a few roundings of coefficients, up to three over epsilon, from each of 3000 rounds.
-        torch.testing.assert_close(one, other, rtol=0, atol=3 / epsilon * 3000 * 2.3e-16, msg=name)
+        # Unroll gathers a few roundings of coefficients, up to three over epsilon, from each of the rounds.
+        torch.testing.assert_close(one, other, rtol=0, atol=3 / epsilon * num_iters * 2.3e-16, msg=name)
 
 
 @pytest.mark.parametrize("form", ["plan", "barycentric"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_implicit_attention_by_finite_differences(backend, inputs, form, similarity):
+def test_implicit_attention_by_finite_differences(backend, device, inputs, form, similarity):
     def attend(x, y, a, b):
         options = {"weights": form, "similarity": similarity, "grad": "implicit", "return_plan": True}
-        out = otfuse.sinkhorn_attend(x, y, 1.0, a=a, b=b, num_iters=500, backend=backend, **options)
+        out = otfuse.sinkhorn_attend(x, y, 1.0, a=a, b=b, num_iters=100, backend=backend, **options)
         return out.x, out.y, out.plan
 
-    assert gradcheck(attend, [inputs[name] for name in "xyab"])
+    assert gradcheck(attend, [inputs[name] for name in "xyab"], fast_mode=is_interpreted(backend, device))
 
 
 def test_implicit_potentials_are_the_derivative_of_the_value(backend, device, inputs):
@@ -157,15 +160,15 @@ def test_second_derivatives_of_unroll(backend, device, inputs, sides, tol):
         return out.plan, finite(out.f), finite(out.g)
 
     leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
-    assert gradgradcheck(solve, leaves)
+    assert gradgradcheck(solve, leaves, fast_mode=is_interpreted(backend, device))
 
 
-def test_second_derivatives_of_unrolled_attention(backend, inputs):
+def test_second_derivatives_of_unrolled_attention(backend, device, inputs):
     def attend(x, y):
         out = otfuse.sinkhorn_attend(x, y, 0.5, num_iters=3, weights="barycentric", backend=backend)
         return out.x, out.y
 
-    assert gradgradcheck(attend, (inputs["x"], inputs["y"]))
+    assert gradgradcheck(attend, (inputs["x"], inputs["y"]), fast_mode=is_interpreted(backend, device))
 
 
 @pytest.mark.parametrize("power", [1, 2])  # of a linear loss the first derivative would have no graph at all

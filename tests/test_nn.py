@@ -42,7 +42,6 @@ def test_fusion_is_its_parts(backend, inputs, solve, loss):
     inner = torch.promote_types(x.dtype, torch.float32)
     assert out.plan.dtype == out.loss.dtype == inner
     wide = otfuse.sinkhorn_attend(x.to(inner), y.to(inner), 0.2, a=a, b=b, **solve, return_plan=True, backend=backend)
-    assert torch.equal(out.plan, wide.plan)
     similarity = otfuse.similarity_matrix(x.to(inner), y.to(inner), solve.get("similarity", "cosine"))
     expected = otfuse.ot_alignment_loss(wide.plan, similarity.requires_grad_(), a=a, b=b, **loss)
     # The backend may sum the products in another order: D + 6 roundings of a similarity, through the loss, and a
@@ -50,6 +49,9 @@ def test_fusion_is_its_parts(backend, inputs, solve, loss):
     (slope,) = torch.autograd.grad(expected, similarity)
     largest = 1.0 if solve.get("similarity", "cosine") == "cosine" else x.norm(dim=2).max() * y.norm(dim=2).max()
     eps = torch.finfo(inner).eps
+    # The same of the plan, where epsilon divides them: bit for bit but for backends that read half precision.
+    order = (x.shape[2] + 6) * largest * eps / 0.2 if backend == "triton" else 0.0
+    torch.testing.assert_close(out.plan, wide.plan, rtol=float(order), atol=0)
     assert abs(out.loss - expected) <= eps * ((x.shape[2] + 6) * largest * slope.abs().sum() + 8 * expected.abs())
 
 

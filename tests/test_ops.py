@@ -10,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import otfuse
 from otfuse.testing import clustered_tokens
 
-OPS = ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward")
+OPS = {
+    "cpu": ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward"),
+    "triton": (
+        "sinkhorn_triton",
+        "sinkhorn_triton_backward",
+        "sinkhorn_attend_triton",
+        "sinkhorn_attend_triton_backward",
+    ),
+}
 ENDS_X, ENDS_Y = torch.tensor([0, 2, 2, 7]).int(), torch.tensor([0, 3, 4, 6]).int()
 
 
@@ -35,22 +43,28 @@ class Calls(TorchDispatchMode):
 
 # Through the public functions, so that the samples are what really reaches the ops.
 SAMPLES = {
-    "float32": lambda: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=3, backend="cpu"),
-    "float64": lambda: otfuse.sinkhorn(tokens(dtype=torch.float64)[0], 0.5, num_iters=3, backend="cpu"),
-    "tol": lambda: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=9, tol=1e-2, backend="cpu"),
-    "small epsilon": lambda: otfuse.sinkhorn(tokens()[0], 1e-3, num_iters=4, backend="cpu"),
-    "implicit": lambda: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=30, grad="implicit", backend="cpu"),
-    "padding": lambda: otfuse.sinkhorn(
-        tokens()[0], 0.5, torch.tensor([[1.0, 0, 2, 0, 0], [0.0] * 5]), num_iters=3, backend="cpu"
+    "float32": lambda backend: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=3, backend=backend),
+    "float64": lambda backend: otfuse.sinkhorn(tokens(dtype=torch.float64)[0], 0.5, num_iters=3, backend=backend),
+    "tol": lambda backend: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=9, tol=1e-2, backend=backend),
+    "small epsilon": lambda backend: otfuse.sinkhorn(tokens()[0], 1e-3, num_iters=4, backend=backend),
+    "implicit": lambda backend: otfuse.sinkhorn(tokens()[0], 0.5, num_iters=30, grad="implicit", backend=backend),
+    "padding": lambda backend: otfuse.sinkhorn(
+        tokens()[0], 0.5, torch.tensor([[1.0, 0, 2, 0, 0], [0.0] * 5]), num_iters=3, backend=backend
     ),
-    "weights": lambda: otfuse.sinkhorn(
-        tokens()[0], 0.5, torch.ones(2, 5, requires_grad=True), torch.ones(2, 6), num_iters=3, backend="cpu"
+    "weights": lambda backend: otfuse.sinkhorn(
+        tokens()[0], 0.5, torch.ones(2, 5, requires_grad=True), torch.ones(2, 6), num_iters=3, backend=backend
     ),
-    "one item": lambda: otfuse.sinkhorn(tokens(1, 1, 1, 1)[0], 0.5, num_iters=1, backend="cpu"),
-    "empty batch": lambda: otfuse.sinkhorn(tokens()[0][:0], 0.5, num_iters=2, backend="cpu"),
-    "cosine": lambda: otfuse.sinkhorn_attend(*tokens(), num_iters=3, return_plan=True, backend="cpu"),
-    "dot": lambda: otfuse.sinkhorn_attend(*tokens(), 2.0, similarity="dot", num_iters=3, backend="cpu"),
-    "bfloat16": lambda: otfuse.sinkhorn_attend(*tokens(dtype=torch.bfloat16), num_iters=3, backend="cpu"),
+    "one item": lambda backend: otfuse.sinkhorn(tokens(1, 1, 1, 1)[0], 0.5, num_iters=1, backend=backend),
+    "empty batch": lambda backend: otfuse.sinkhorn(tokens()[0][:0], 0.5, num_iters=2, backend=backend),
+    "cosine": lambda backend: otfuse.sinkhorn_attend(*tokens(), num_iters=3, return_plan=True, backend=backend),
+    "dot": lambda backend: otfuse.sinkhorn_attend(
+        *tokens(), 2.0, similarity="dot", weights="barycentric", num_iters=3, backend=backend
+    ),
+    "mask": lambda backend: otfuse.sinkhorn_attend(
+        *tokens(), a=torch.tensor([[True] * 5, [True, False] * 2 + [False]]), num_iters=3, backend=backend
+    ),
+    "detach": lambda backend: otfuse.sinkhorn_attend(*tokens(), num_iters=3, grad="detach", backend=backend),
+    "bfloat16": lambda backend: otfuse.sinkhorn_attend(*tokens(dtype=torch.bfloat16), num_iters=3, backend=backend),
 }
 
 
@@ -59,21 +73,28 @@ def scalar(out):
     return sum(torch.where(torch.isfinite(part), part, 0) for part in parts)
 
 
-def calls_of_ops(sample):
+def calls_of_ops(sample, backend):
     """(op, detached arguments) of every call of an op of ours, forward and backward."""
     recorder = Calls()
-    out = SAMPLES[sample]()
+    out = SAMPLES[sample](backend)
     with recorder:
-        out = SAMPLES[sample]()
+        out = SAMPLES[sample](backend)
         scalar(out).backward()
     ours = [(func, args) for func, args in recorder.seen if str(func).startswith("otfuse.")]
     return [(f, tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in args)) for f, args in ours]
 
 
+def name_of(func):
+    return str(func).split(".")[1]
+
+
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_opcheck(sample):
-    calls = calls_of_ops(sample)
-    assert [str(func).split(".")[1] for func, _ in calls][-1] == "sinkhorn_cpu_backward" and len(calls) == 2
+@pytest.mark.parametrize("fused", OPS)
+def test_opcheck(sample, fused):
+    """One op forward and one backward, whatever is asked (``detach`` leaves the cpu backend none backward)."""
+    calls = calls_of_ops(sample, fused)
+    backwards = 0 if (fused, sample) == ("cpu", "detach") else 1
+    assert [name_of(func).endswith("backward") for func, _ in calls] == [False, True][: 1 + backwards]
     for func, args in calls:
         torch.library.opcheck(func, args)
     func, (first, *rest) = calls[0]
@@ -82,12 +103,11 @@ def test_opcheck(sample):
 
 
 def test_the_samples_reach_every_op():
-    reached = {str(func).split(".")[1] for sample in ("float32", "cosine") for func, _ in calls_of_ops(sample)}
-    assert (
-        reached
-        == set(OPS)
-        == {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "otfuse" in name}
-    )
+    for backend, names in OPS.items():
+        reached = {name_of(func) for sample in ("float32", "cosine") for func, _ in calls_of_ops(sample, backend)}
+        assert reached == set(names)
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "otfuse" in name}
+    assert registered == {name for names in OPS.values() for name in names}
 
 
 # name: function of tokens, backend and further options; everything that is public and solves
@@ -215,7 +235,7 @@ def test_export(backend, dynamic, tmp_path):
     torch.export.save(torch.export.export(model, (x, y, b), dynamic_shapes=shapes), tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
     ours = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("otfuse.")}
-    assert len(ours) == (backend == "cpu")
+    assert len(ours) == (backend != "torch")
     torch.testing.assert_close(program.module()(x, y, b), model(x, y, b))
     if dynamic:
         x, y, b = (t.repeat_interleave(3, 0) for t in (x, y, b))

@@ -80,6 +80,7 @@ def test_an_installed_package_is_no_reason(installed):
 
 def test_triton_names_the_missing_device(monkeypatch, installed):
     installed("triton")
+    monkeypatch.setattr(triton_module, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no CUDA device" in backend_named("triton").unavailable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -98,6 +99,23 @@ def test_triton_names_the_missing_device(monkeypatch, installed):
 def test_device_is_a_reason(name, reason, make):
     assert backend_named(name).unsupported(make("meta")) == [reason]
     assert reason in backend_named(name).why_not(make("meta"))
+
+
+def test_triton_takes_what_fits_on_chip(monkeypatch):
+    """On CUDA every dtype; in the interpreter CPU tensors, and never by itself."""
+    triton = backend_named("triton")
+    monkeypatch.setattr(triton_module, "INTERPRETED", True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert triton.unsupported(problem(dtype=dtype)) == []
+    assert select(problem(), "auto").name != "triton"
+    for shape in ((1, 128, 128), (1, 65, 100), (1, 1, 1)):
+        assert triton.unsupported(problem(shape=shape)) == []
+    for shape in ((1, 128, 129), (1, 2048, 2)):
+        (reason,) = triton.unsupported(problem(shape=shape))
+        assert f"a kernel matrix of {shape[1]} x {shape[2]} does not fit on chip" in reason
+    assert triton.unsupported(problem(shape=(1, 128, 128), dtype=torch.float64)) != []
+    monkeypatch.setattr(triton_module, "INTERPRETED", False)
+    assert triton.unsupported(problem()) == ["the tensors are on 'cpu' (needs CUDA)"]
 
 
 def test_cpu_takes_every_dtype_on_the_cpu_and_torch_everything():

@@ -108,8 +108,8 @@ def _attend_fwd_kernel(
         )  # fmt: skip
     else:
         similarity = tl.load(similarity_ptr + entries, mask=live, other=0.0).to(DTYPE)
-    if similarity_out_ptr is not None:
-        tl.store(similarity_out_ptr + entries, similarity, mask=inside & (part == 0))
+    if similarity_out_ptr is not None and part == 0:
+        tl.store(similarity_out_ptr + entries, similarity, mask=inside)
 
     L, shift, range_L, poison = log_kernel(similarity, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
@@ -119,24 +119,26 @@ def _attend_fwd_kernel(
     if one_piece:
         K = tl.exp2(L - shift)
         u, v, row_sums, t = scaling_rounds(
-            K, a, b, num_iters, tol, history_ptr, N, M, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
+            K, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
         )
         plan = K * u[:, None] * v[None, :]
         log_u, log_v = tl.log2(tl.where(u == 0, 1.0, u)) - shift, tl.log2(tl.where(v == 0, 1.0, v))
     else:
-        shift = shift * 0
         plan, log_u, log_v, row_sums, t = log_rounds(
-            L, a, b, num_iters, tol, history_ptr, N, M, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
+            L, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
         )
         u, v = log_u, log_v
     # Loaded again: kept through the rounds, they would cost registers that a tile of 128 x 128 does not leave.
     a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, N, M, BLOCK_N, BLOCK_M, DTYPE)
     if part == 0:
         if HISTORY == HISTORY_LAST:
-            store_round(history_ptr, 0, u, v, N, M, BLOCK_N, BLOCK_M)
+            store_round(history_ptr, 0, u, v, N, M, part, BLOCK_N, BLOCK_M)
+        if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
+            for rest in range(t, num_iters):
+                store_round(history_ptr, rest, tl.zeros_like(u), tl.zeros_like(v), N, M, part, BLOCK_N, BLOCK_M)
         if HISTORY != HISTORY_NONE:
             tl.store(state_ptr + 2 * item, tl.where(one_piece, 1.0, 0.0))
-            tl.store(state_ptr + 2 * item + 1, shift)
+            tl.store(state_ptr + 2 * item + 1, tl.where(one_piece, shift, 0.0))
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
         f = tl.where(a == 0, float("-inf"), log_u * unit) + poison
         g = tl.where(b == 0, float("-inf"), log_v * unit) + poison

@@ -131,7 +131,7 @@ def store_weight_gradient(grad_ptr, ptr, grad, weights, total, poison, item, siz
     """Through the division by the sum; zero weights are padding, and get no gradient."""
     index = tl.arange(0, BLOCK)
     grad = (grad - tl.sum(grad * weights)) / total
-    grad = tl.where(weights == 0, 0.0, grad) + poison
+    grad = tl.where(weights == 0, 0.0, grad + poison)
     tl.store(grad_ptr + item * size + index, grad.to(grad_ptr.dtype.element_ty), mask=index < size)
 
 
@@ -142,7 +142,8 @@ def pull_side(
 ):  # fmt: skip
     """``grad_x = grad_x_out + plan grad_y_out + C y - pull x``, features first … last - 1.
 
-    At padding plan, C and pull are zero, and so is everything that is read there but the residual's own gradient.
+    At padding there is nothing but the residual's own gradient, even if the item is NaN: packed tokens stand there that
+    belong to another item.
     """
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     at_x = item * N * D + rows[:, None] * D + features[None, :]
@@ -157,6 +158,7 @@ def pull_side(
         if grad_y_out_ptr is not None:
             grad_y_out = tl.load(grad_y_out_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
             grad = dot_split(plan_high, plan_low, grad_y_out, grad, PRECISION)
+        grad = tl.where(live_x[:, None], grad, 0.0)
         if grad_x_out_ptr is not None:
             grad += tl.load(grad_x_out_ptr + at_x + start, mask=(rows < N)[:, None] & in_D, other=0.0).to(plan.dtype)
         tl.store(grad_x_ptr + at_x + start, grad.to(x.dtype), mask=(rows < N)[:, None] & in_D)

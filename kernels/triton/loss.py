@@ -137,7 +137,8 @@ def side_terms(
         total = total * tl.exp2(before - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
     # The difference first: both may be large, and where the target is the highest it is exactly zero.
     losses = ((shift - target) + tl.log2(total)) * LN2
-    tl.store(terms_ptr + tokens, tl.where(keep & (share > 0), losses * share, 0.0), mask=tokens < size)
+    share = tl.where(keep, share, 0.0)
+    tl.store(terms_ptr + tokens, tl.where(share > 0, losses * share, 0.0), mask=tokens < size)
     tl.store(normaliser_ptr + tokens, shift + tl.log2(total), mask=tokens < size)
 
 
@@ -192,9 +193,9 @@ def product_gradients(
     if CONTRAST == OVER_ASSIGNMENT:
         tokens, keep = j, keep_j
     along: tl.constexpr = 0 if CONTRAST == OVER_ASSIGNMENT else 1
-    live = keep & (share > 0)
-    normaliser = tl.load(normaliser_ptr + tokens, mask=live, other=0.0)
-    weight = tl.load(grad_ptr + tokens * grad_stride, mask=live, other=0.0) * (share * scale * LN2)
+    share = tl.where(keep, share, 0.0)
+    normaliser = tl.load(normaliser_ptr + tokens, mask=share > 0, other=0.0)
+    weight = tl.load(grad_ptr + tokens * grad_stride, mask=share > 0, other=0.0) * (share * scale * LN2)
     softmax = tl.exp2(inner * scale - tl.expand_dims(normaliser, along))
     grad = (softmax - tl.where(i[:, None] == j[None, :], 1.0, 0.0)) * tl.expand_dims(weight, along)
     return tl.where(keep_i[:, None] & keep_j[None, :], grad, 0.0), inner, sums

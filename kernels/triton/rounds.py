@@ -133,12 +133,12 @@ def fits_one_piece(entries, a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_round(history_ptr, t, u, v, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Row t of an item's history [kept, N + M]."""
+def store_round(history_ptr, t, u, v, N, M, part, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row t of an item's history [kept, N + M]; part 0 stores it, the others have the same."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     ptr = history_ptr + t * (N + M)
-    tl.store(ptr + rows, u, mask=rows < N)
-    tl.store(ptr + N + columns, v, mask=columns < M)
+    tl.store(ptr + rows, u, mask=rows < tl.where(part == 0, N, 0))
+    tl.store(ptr + N + columns, v, mask=columns < tl.where(part == 0, M, 0))
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def load_round(history_ptr, t, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def scaling_rounds(
-    K, a, b, num_iters, tol, history_ptr, N, M,
+    K, a, b, num_iters, tol, history_ptr, N, M, part,
     STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """u, v, the row sums of the plan, and the rounds run, by scalings; keeps every round's u and v if ALL_ROUNDS."""
@@ -162,7 +162,7 @@ def scaling_rounds(
         u = a / (rows + lift_a)
         v = b / (tl.sum(K * u[:, None], 0) + lift_b)
         if ALL_ROUNDS:
-            store_round(history_ptr, t, u, v, N, M, BLOCK_N, BLOCK_M)
+            store_round(history_ptr, t, u, v, N, M, part, BLOCK_N, BLOCK_M)
         rows = tl.sum(K * v[None, :], 1)
         t += 1
         more = t < num_iters
@@ -190,7 +190,7 @@ def log_weights(weights):
 
 @triton.jit
 def log_rounds(
-    L, a, b, num_iters, tol, history_ptr, N, M,
+    L, a, b, num_iters, tol, history_ptr, N, M, part,
     STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The same where K in one piece is out of range: the plan, log_u, log_v, its row sums, and the rounds run.
@@ -203,7 +203,7 @@ def log_rounds(
     log_u = log_weights(a) - log_sum(L, tl.zeros_like(b), 1)
     log_v = log_weights(b) - log_sum(L, log_u, 0)
     if ALL_ROUNDS:
-        store_round(history_ptr, 0, log_u, log_v, N, M, BLOCK_N, BLOCK_M)
+        store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
     u, v = tl.full((BLOCK_N,), 1.0, L.dtype), tl.full((BLOCK_M,), 1.0, L.dtype)
     plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
     rows = tl.sum(plan, 1)
@@ -218,7 +218,7 @@ def log_rounds(
         v = b / (tl.sum(plan * u[:, None], 0) + lift_b)
         rows = u * tl.sum(plan * v[None, :], 1)
         if ALL_ROUNDS:
-            store_round(history_ptr, t, log_u + log_weights(u), log_v + log_weights(v), N, M, BLOCK_N, BLOCK_M)
+            store_round(history_ptr, t, log_u + log_weights(u), log_v + log_weights(v), N, M, part, BLOCK_N, BLOCK_M)
         t += 1
         more = t < num_iters
         if STOPS:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from otfuse import fused_ops, ops
+from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends.base import Backend, is_installed
 from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
@@ -111,15 +112,15 @@ def launch_attend(
     if B == 0:
         return *outputs, *solution
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
-    blocks = _blocks("forward", x.dtype, N, M)
+    blocks = _blocks("forward", x, tile_side(N), tile_side(M))
     made = outputs[3]
     with _on(x.device):
         if shape.similarity_first:
             made = solution[0].new_empty(B, N, M)
-            tiles = {"BLOCK_N": min(blocks["BLOCK_N"], 64), "BLOCK_M": min(blocks["BLOCK_M"], 64)}
+            tiles = _blocks("similarity", x, min(tile_side(N), 64), min(tile_side(M), 64))
             grid = (B, -(-N // tiles["BLOCK_N"]), -(-M // tiles["BLOCK_M"]))
             attend._similarity_kernel[grid](
-                x, y, a, b, made, N, M, D, COSINE=cosine, PRECISION=_precision(x), **blocks | tiles
+                x, y, a, b, made, N, M, D, COSINE=cosine, PRECISION=_precision(x), **tiles
             )
         attend._attend_fwd_kernel[(B, shape.parts)](
             x, y, made if shape.similarity_first else None, a, b,
@@ -146,11 +147,11 @@ def launch_attend_backward(
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     with _on(x.device):
         attend_backward._attend_bwd_kernel[(B, shape.parts)](
-            x, y, None, a, b, rounds, history, state, *_contiguous(*grads),
+            x, y, None, a, b, *_contiguous(rounds, history, state), *_sent(*grads),
             *gradients[:2], None, *map(_wanted, gradients[2:]),
             N, M, D, shape.features, scale, num_iters,
             COSINE=cosine, BARYCENTRIC=barycentric, MODE=grad, PRECISION=_precision(x),
-            **_blocks("backward", x.dtype, N, M),
+            **_blocks("backward", x, tile_side(N), tile_side(M)),
         )  # fmt: skip
     return gradients
 
@@ -170,7 +171,7 @@ def launch_sinkhorn(
             None, None, cost, a, b, None, None, plan, None, *solution[:4], *map(_wanted, solution[4:]),
             N, M, 0, 0, scale, num_iters, tol,
             COSINE=False, BARYCENTRIC=False, STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION="ieee",
-            **_blocks("forward", cost.dtype, N, M),
+            **_blocks("forward", cost, tile_side(N), tile_side(M)),
         )  # fmt: skip
     return plan, *solution
 
@@ -186,14 +187,14 @@ def launch_sinkhorn_backward(
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
         return gradients
-    grad_plan, grad_f, grad_g = _contiguous(*grads)
+    grad_plan, grad_f, grad_g = _sent(*grads)
     with _on(cost.device):
         attend_backward._attend_bwd_kernel[(B, 1)](
-            None, None, cost, a, b, rounds, history, state, None, None, grad_plan, None, grad_f, grad_g,
+            None, None, cost, a, b, *_contiguous(rounds, history, state), None, None, grad_plan, None, grad_f, grad_g,
             None, None, gradients[0], *map(_wanted, gradients[1:]),
             N, M, 0, 0, scale, num_iters,
             COSINE=False, BARYCENTRIC=False, MODE=grad, PRECISION="ieee",
-            **_blocks("backward", cost.dtype, N, M),
+            **_blocks("backward", cost, tile_side(N), tile_side(M)),
         )  # fmt: skip
     return gradients
 
@@ -239,11 +240,10 @@ def _history(grad: int, history: bool) -> int:
     return 0 if not history else 2 if grad == UNROLL else 1
 
 
-def _blocks(kernel: str, dtype: torch.dtype, N: int, M: int) -> dict[str, int]:
-    """Block sizes, warps and stages, from the table by size class; never by trying them out."""
-    BLOCK_N, BLOCK_M = tile_side(N), tile_side(M)
-    big = BLOCK_N * BLOCK_M > 4096
-    return {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "BLOCK_D": 32, "num_warps": 8 if big else 4, "num_stages": 2}
+def _blocks(kernel: str, values: Tensor, BLOCK_N: int, BLOCK_M: int) -> dict[str, int]:
+    """Block sizes, warps and stages for a tile of a kernel that works on these tokens, or costs."""
+    dtype = str(values.dtype).removeprefix("torch.")
+    return block_sizes(kernel, dtype, BLOCK_N, BLOCK_M, target_of(values.device))
 
 
 def _precision(tokens: Tensor) -> str:
@@ -253,6 +253,11 @@ def _precision(tokens: Tensor) -> str:
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
+
+
+def _sent(*grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients for the kernel; those of outputs that were not wanted are empty."""
+    return _contiguous(*[None if grad is None else _wanted(grad) for grad in grads])
 
 
 def _wanted(tensor: Tensor) -> Tensor | None:

@@ -1,0 +1,304 @@
+"""What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
+
+``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
+differs. ``--only WORD …`` takes the rows that have all the words. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
+
+KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
+RESOURCES = KERNELS / "resources.json"
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Resources(NamedTuple):
+    """Of a thread: registers, and bytes of stack, which is where they spill to. Of a program: bytes shared."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+class Row(NamedTuple):
+    variant: str
+    dtype: str
+    tile: tuple[int, int]
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.dtype} {self.tile[0]}x{self.tile[1]} {self.target}"
+
+
+class Variant(NamedTuple):
+    """A way in which a launcher calls a kernel: the pointers that are not None, the constants, the table's row."""
+
+    module: str
+    kernel: str
+    configured: str
+    tokens: str  # pointers in the dtype of the tokens (or cost)
+    solution: str  # those in the dtype of the solve
+    constants: dict[str, Any]
+    everywhere: bool = True  # or in the classes of 64 x 32 and 128 x 64 only
+
+
+_SOLUTION = "f_ptr g_ptr error_ptr history_ptr state_ptr"
+_WEIGHTS = "a_ptr b_ptr "
+_TOKENS = {"COSINE": True, "BARYCENTRIC": False, "PRECISION": "ieee"}
+_COST = {"COSINE": False, "BARYCENTRIC": False, "PRECISION": "ieee"}
+_FORWARD = ("attend", "_attend_fwd_kernel", "forward")
+_BACKWARD = ("attend_backward", "_attend_bwd_kernel", "backward")
+_LOSS = {"ASSIGNMENT": 0, "CONTRAST": 0, "MEAN": True, "PRECISION": "ieee"}
+
+VARIANTS = {
+    "forward": Variant(
+        *_FORWARD, "x_ptr y_ptr x_out_ptr y_out_ptr", _SOLUTION, _TOKENS | {"STOPS": False, "HISTORY": 2}
+    ),
+    "forward, everything": Variant(
+        *_FORWARD,
+        _WEIGHTS + "x_ptr y_ptr x_out_ptr y_out_ptr plan_ptr",
+        "f_ptr g_ptr error_ptr",
+        _TOKENS | {"STOPS": True, "HISTORY": 0, "BARYCENTRIC": True},
+        False,
+    ),
+    "forward, cost": Variant(*_FORWARD, "similarity_ptr plan_ptr", _SOLUTION, _COST | {"STOPS": False, "HISTORY": 2}, False),
+    "backward": Variant(
+        *_BACKWARD,
+        "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
+        "history_ptr state_ptr",
+        _TOKENS | {"MODE": 1},
+    ),
+    "backward, implicit": Variant(
+        *_BACKWARD,
+        _WEIGHTS + "grad_a_ptr grad_b_ptr x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
+        "history_ptr state_ptr",
+        _TOKENS | {"MODE": 2, "BARYCENTRIC": True},
+        False,
+    ),
+    "backward, cost": Variant(
+        *_BACKWARD, "cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr state_ptr", _COST | {"MODE": 1}, False
+    ),
+    "similarity": Variant(
+        "attend", "_similarity_kernel", "similarity", "x_ptr y_ptr", "similarity_ptr", {"COSINE": True, "PRECISION": "ieee"}
+    ),
+    "loss": Variant(
+        "loss", "_alignment_loss_fwd_kernel", "loss", "plan_ptr similarity_ptr", "terms_ptr normaliser_ptr", _LOSS
+    ),
+    "loss, backward": Variant(
+        "loss",
+        "_alignment_loss_bwd_kernel",
+        "loss_backward",
+        "plan_ptr similarity_ptr grad_plan_ptr grad_similarity_ptr",
+        "normaliser_ptr grad_terms_ptr",
+        _LOSS,
+    ),
+}  # fmt: skip
+
+# A tile of every class; thin ones, whose token blocks are the largest, in the dtype that they are largest in.
+TILES = ((16, 16), (64, 32), (128, 64), (128, 128))
+THIN = {"float32": ((512, 16), (1024, 16), (16, 1024)), "bfloat16": ((256, 32), (1024, 16)), "float64": ((512, 16),)}
+
+
+def rows() -> list[Row]:
+    """Every row of the table."""
+    found = []
+    for name, variant in VARIANTS.items():
+        for dtype in DTYPES:
+            for tile in _tiles(variant, dtype):
+                found += [Row(name, dtype, tile, target) for target in TARGETS]
+    return found
+
+
+def _tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
+    sizes = CLASSES[variant.configured][dtype]
+    if not variant.everywhere:
+        return [(64, 32), (128, 64)]
+    if variant.configured in ("forward", "backward"):
+        return [tile for tile in TILES + THIN.get(dtype, ()) if tile[0] * tile[1] <= sizes[-1]]
+    return [SQUARES[size] for size in sizes]  # these kernels cut what is larger
+
+
+SQUARES = {256: (16, 16), 512: (32, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64)}
+
+
+def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
+    """Of this row, as the committed table configures it or otherwise."""
+    variant = VARIANTS[row.variant]
+    blocks = configuration or block_sizes(variant.configured, row.dtype, *row.tile, row.target)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    source = _source(variant, row.dtype, variant.constants | blocks)
+    compiled = triton.compile(source, target=TARGETS[row.target], options=options | {"enable_fp_fusion": True})
+    read: Callable[..., tuple[int, int]] = _of_cubin if "cubin" in compiled.asm else _of_amdgcn
+    return Resources(*read(compiled.asm), compiled.metadata.shared)
+
+
+def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSource:
+    """The kernel with the types that its launcher passes; pointers are aligned, and so are rows of tokens."""
+    module = __import__(f"otfuse.kernels.triton.{variant.module}", fromlist=[variant.kernel])
+    kernel = getattr(module, variant.kernel)
+    tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
+    types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)
+    types |= {"rounds_ptr": "*i32", "has_mass_ptr": "*i32", "scale": "fp64", "tol": "fp64"}
+    signature, constant, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants or (name.endswith("_ptr") and name not in types):
+            signature[name], constant[(place,)] = "constexpr", constants.get(name)
+            continue
+        signature[name] = types.get(name, "i32")
+        if name.endswith("_ptr") or name in ("D", "part_features"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constant, attributes)
+
+
+def _of_cubin(asm: dict[str, Any]) -> tuple[int, int]:
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _of_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
+    return _number(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"]), _number(r"\.private_segment_fixed_size:\s*(\d+)", asm["amdgcn"])
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in {text}"
+    return int(found[1])
+
+
+def _try_row(row: Row, configuration: dict[str, int] | None) -> Resources | str:
+    try:
+        return compile_row(row, configuration)
+    except Exception as error:  # one row that does not compile is a finding, and hides no other
+        return f"{type(error).__name__}: {str(error)[-300:]}"
+
+
+def compile_rows(
+    wanted: list[Row], configurations: Iterable[dict[str, int] | None] | None = None, processes: int = 2
+) -> list[Resources | str]:
+    """The resources of each row, or why it does not compile. Nothing is taken from the disk cache."""
+    configurations = [None] * len(wanted) if configurations is None else list(configurations)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(_try_row, wanted, configurations))
+
+
+def problems(row: Row, found: Resources | str) -> list[str]:
+    """What is wrong with a row by itself. Stacks of the 16384 class are held to the table instead."""
+    if isinstance(found, str):
+        return [f"{row}: {found}"]
+    wrong = []
+    limit = SHARED_MEMORY[row.target]
+    if found.shared > limit:
+        wrong.append(f"{row}: {found.shared} bytes of shared memory, of {limit}")
+    if found.stack and VARIANTS[row.variant].configured == "forward" and row.tile[0] * row.tile[1] <= 8192:
+        wrong.append(f"{row}: a stack of {found.stack} bytes, in a forward kernel")
+    return wrong
+
+
+def differences(row: Row, found: Resources | str, table: dict[str, Any]) -> list[str]:
+    """What is not as in the table; from another Triton, registers and stacks may differ."""
+    if isinstance(found, str):
+        return []
+    expected = committed(row, table)
+    if expected is None:
+        return [f"{row}: not in the table"]
+    if table["triton"] != triton.__version__ or expected == found:
+        return []
+    return [f"{row}: {tuple(found)}, in the table {tuple(expected)}"]
+
+
+def committed(row: Row, table: dict[str, Any]) -> Resources | None:
+    tile = f"{row.tile[0]}x{row.tile[1]}"
+    found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target)
+    return None if found is None else Resources(*found)
+
+
+def sources_hash() -> str:
+    """Of everything that a row is made of: the kernels and their configurations."""
+    digest = hashlib.sha256()
+    for path in sorted([*KERNELS.glob("*.py"), KERNELS / "configurations.json"]):
+        digest.update(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def load_table() -> dict[str, Any]:
+    return json.loads(RESOURCES.read_text())
+
+
+def write_table(wanted: list[Row], found: list[Resources | str]) -> None:
+    """One line a tile, its targets side by side."""
+    table: dict[str, Any] = {}
+    for row, resources in zip(wanted, found):
+        tile = f"{row.tile[0]}x{row.tile[1]}"
+        table.setdefault(row.variant, {}).setdefault(row.dtype, {}).setdefault(tile, {})[row.target] = resources
+    variants = []
+    for variant, dtypes in table.items():
+        blocks = []
+        for dtype, tiles in dtypes.items():
+            lines = [f"        {json.dumps(tile)}: {json.dumps(targets)}" for tile, targets in tiles.items()]
+            blocks.append(f"      {json.dumps(dtype)}: {{\n" + ",\n".join(lines) + "\n      }")
+        variants.append(f"    {json.dumps(variant)}: {{\n" + ",\n".join(blocks) + "\n    }")
+    head = {
+        "note": "By benchmarks/ahead_of_time.py. [registers, bytes of stack] a thread, bytes of shared memory a program.",
+        "triton": triton.__version__,
+        "sources": sources_hash(),
+    }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows that have all of these; printed")
+    options = parser.parse_args()
+    wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
+    found = compile_rows(wanted)
+    wrong = [line for pair in zip(wanted, found) for line in problems(*pair)]
+    if options.check:
+        table = load_table()
+        wrong += [line for pair in zip(wanted, found) for line in differences(*pair, table)]
+        if table["sources"] != sources_hash():
+            wrong.append("the kernels or their configurations have changed since the table was made")
+    elif options.only:
+        print(*(f"{row}: {resources}" for row, resources in zip(wanted, found)), sep="\n")
+    elif not any(isinstance(resources, str) for resources in found):
+        write_table(wanted, found)
+    print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

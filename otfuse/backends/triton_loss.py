@@ -1,0 +1,169 @@
+"""The alignment loss by Triton: its ops with their derivatives, and the launchers behind them.
+
+``otfuse::alignment_loss_triton`` is one launch, and so is its backward; that one can itself be differentiated, by way
+of plain PyTorch. The device code is in ``otfuse.kernels.triton.loss``.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from otfuse import ops
+from otfuse.backends.base import is_installed
+from otfuse.backends.triton import INTERPRETED, LARGEST_TILE, _contiguous, _on, _precision, tile_side
+from otfuse.registration import register_autograd
+
+# assignment, contrast: places in otfuse.loss.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
+OPTIONS = "float temperature, int assignment, int contrast, bool mean"
+PROBLEM = "Tensor plan, Tensor similarity, Tensor? a, Tensor? b"
+
+ops.library.define(
+    f"alignment_loss_triton({PROBLEM}, {OPTIONS}) -> (Tensor terms, Tensor normaliser, Tensor has_mass)"
+)
+ops.library.define(
+    f"alignment_loss_triton_backward({PROBLEM}, {OPTIONS}, Tensor normaliser, Tensor grad_terms) -> (Tensor, Tensor)"
+)
+
+
+def can_run(plan: Tensor) -> bool:
+    """Whether the kernels take a plan [B, N, M], by device, dtype and shape; not in forward mode, which they lack."""
+    return plan.device.type == "cuda" and is_installed("triton") and forward_ad._current_level < 0 and fits(plan)
+
+
+def fits(plan: Tensor) -> bool:
+    """Whether an item is there and of a size at which logits are better made again than read."""
+    B, N, M = plan.shape
+    largest = LARGEST_TILE[8 if plan.dtype == torch.float64 else 4]
+    return B > 0 and N > 0 and M > 0 and tile_side(N) * tile_side(M) <= largest
+
+
+def token_terms(
+    plan: Tensor, similarity: Tensor, a: Tensor | None, b: Tensor | None,
+    temperature: float, assignment: int, contrast: int, mean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As :func:`otfuse.loss.token_terms`."""
+    op = torch.ops.otfuse.alignment_loss_triton.default
+    terms, _, has_mass = ops.call(op, plan, similarity, a, b, float(temperature), assignment, contrast, mean)
+    return terms, has_mass
+
+
+def _new_terms(plan: Tensor) -> tuple[Tensor, ...]:
+    """Room for the terms [B, N + M], log2 of what their softmax divides by, and whether an item has mass [B]."""
+    B, N, M = plan.shape
+    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+    terms, normaliser = (plan.new_empty((B, N + M), dtype=dtype) for _ in range(2))
+    return terms, normaliser, plan.new_empty((B,), dtype=torch.int32)
+
+
+@torch.library.register_fake("otfuse::alignment_loss_triton")
+def _(plan: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _new_terms(plan)
+
+
+@torch.library.register_fake("otfuse::alignment_loss_triton_backward")
+def _(plan: Tensor, similarity: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return plan.new_empty(plan.shape), similarity.new_empty(similarity.shape)
+
+
+def launch_alignment_loss(
+    plan: Tensor, similarity: Tensor, a: Tensor | None, b: Tensor | None,
+    temperature: float, assignment: int, contrast: int, mean: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from otfuse.kernels.triton import loss
+
+    B, N, M = plan.shape
+    plan, similarity, a, b = _contiguous(plan, similarity, a, b)
+    outputs = _new_terms(plan)
+    if B == 0:
+        return outputs
+    blocks = _blocks(N, M)
+    grid = (B, -(-N // blocks["BLOCK_N"]) - (-M // blocks["BLOCK_M"]))
+    with _on(plan.device):
+        loss._alignment_loss_fwd_kernel[grid](
+            plan, similarity, a, b, *outputs, N, M, 1 / temperature,
+            ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
+        )  # fmt: skip
+    return outputs
+
+
+def launch_alignment_loss_backward(
+    plan: Tensor, similarity: Tensor, a: Tensor | None, b: Tensor | None,
+    temperature: float, assignment: int, contrast: int, mean: bool, normaliser: Tensor, grad_terms: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from otfuse.kernels.triton import loss
+
+    B, N, M = plan.shape
+    plan, similarity, a, b, normaliser = _contiguous(plan, similarity, a, b, normaliser)
+    grad_plan, grad_similarity = plan.new_empty(plan.shape), similarity.new_empty(similarity.shape)
+    if B == 0:
+        return grad_plan, grad_similarity
+    blocks = _blocks(N, M)
+    grid = (B, -(-N // blocks["BLOCK_N"]), -(-M // blocks["BLOCK_M"]))
+    with _on(plan.device):
+        loss._alignment_loss_bwd_kernel[grid](
+            # A sum sends back one number, expanded: strides read it without a copy.
+            plan, similarity, a, b, normaliser, grad_terms, grad_plan, grad_similarity, N, M, *grad_terms.stride(),
+            1 / temperature, ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
+        )  # fmt: skip
+    return grad_plan, grad_similarity
+
+
+def _blocks(N: int, M: int) -> dict[str, int]:
+    """Block sizes, warps and stages. A product in float32 keeps its operands in registers: larger blocks would spill."""
+    BLOCK_N, BLOCK_M = min(tile_side(N), 32), min(tile_side(M), 32)
+    small = BLOCK_N * BLOCK_M == 256
+    return {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "num_warps": 4 if small else 8, "num_stages": 1}
+
+
+for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    ops.library.impl("alignment_loss_triton", launch_alignment_loss, _key)
+    ops.library.impl("alignment_loss_triton_backward", launch_alignment_loss_backward, _key)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, normaliser, has_mass = output
+    ctx.options = inputs[4:]
+    ctx.mark_non_differentiable(normaliser, has_mass)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], normaliser)
+
+
+def _backward(ctx: Any, grad_terms: Tensor, *_: None) -> tuple[Any, ...]:
+    *problem, normaliser = ctx.saved_tensors
+    op = torch.ops.otfuse.alignment_loss_triton_backward
+    return (*op(*problem, *ctx.options, normaliser, grad_terms), *[None] * 6)
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[4:8]
+    ctx.save_for_backward(*inputs[:4], inputs[9])
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
+    from otfuse import loss
+
+    plan, similarity, a, b, grad_terms = ctx.saved_tensors
+
+    def terms(plan: Tensor, similarity: Tensor) -> Tensor:
+        return loss.token_terms(plan, similarity, a, b, *ctx.options)[0]
+
+    def gradient(plan: Tensor, similarity: Tensor, grad_terms: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(terms, plan, similarity)[1](grad_terms)
+
+    second = torch.func.vjp(gradient, plan, similarity, grad_terms)[1](grads)
+    return (*second[:2], *[None] * 7, second[2])
+
+
+register_autograd(ops.library, "alignment_loss_triton", _backward, setup_context=_setup_context)
+register_autograd(
+    ops.library, "alignment_loss_triton_backward", _double_backward, setup_context=_setup_backward_context
+)
+for _op in ("alignment_loss_triton", "alignment_loss_triton_backward"):
+    torch.library.register_vmap(f"otfuse::{_op}", ops.batched(getattr(torch.ops.otfuse, _op)))
