@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
 ``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
-differs. ``--only WORD …`` takes the rows that have all the words. TRITON_INTERPRET must not be set.
+differs, of all rows or of those that have all the words of ``--only WORD …``. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -120,37 +120,50 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-# A tile of every class; thin ones, whose token blocks are the largest, in the dtype that they are largest in.
-TILES = ((16, 16), (64, 32), (128, 64), (128, 128))
-THIN = {"float32": ((512, 16), (1024, 16), (16, 1024)), "bfloat16": ((256, 32), (1024, 16)), "float64": ((512, 16),)}
+# A tile of every class, and thin ones, whose blocks of tokens are the largest that are launched.
+TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
+THIN = {"float64": [(256, 32)], "float32": [(512, 32)], "bfloat16": [(256, 32)], "float16": [(512, 16)]}
+SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
+
+# The other variants: in two dtypes and two classes.
+SAMPLED = {"float32": [(64, 32), (128, 64)], "bfloat16": [(64, 32), (128, 64)]}
 
 
 def rows() -> list[Row]:
-    """Every row of the table."""
-    found = []
-    for name, variant in VARIANTS.items():
-        for dtype in DTYPES:
-            for tile in _tiles(variant, dtype):
-                found += [Row(name, dtype, tile, target) for target in TARGETS]
-    return found
+    """Every row of the table, the main variants first."""
+    names = sorted(VARIANTS, key=lambda name: not VARIANTS[name].everywhere)
+    return [
+        Row(name, dtype, tile, target)
+        for name in names
+        for dtype in DTYPES
+        for tile in _tiles(VARIANTS[name], dtype)
+        for target in TARGETS
+    ]
 
 
 def _tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
-    sizes = CLASSES[variant.configured][dtype]
     if not variant.everywhere:
-        return [(64, 32), (128, 64)]
+        return SAMPLED.get(dtype, [])
+    sizes = CLASSES[variant.configured][dtype]
     if variant.configured in ("forward", "backward"):
-        return [tile for tile in TILES + THIN.get(dtype, ()) if tile[0] * tile[1] <= sizes[-1]]
-    return [SQUARES[size] for size in sizes]  # these kernels cut what is larger
+        return [TILES[size] for size in sizes] + THIN[dtype]
+    return [SQUARES[size] for size in sizes]
 
 
-SQUARES = {256: (16, 16), 512: (32, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64)}
+def must_not_spill(row: Row) -> bool:
+    """Forward kernels, but for three exceptions, which are held to the table: the class of 16384 entries, that of 8192
+    in float64, and sides of 512."""
+    largest = 4096 if row.dtype == "float64" else 8192
+    N, M = row.tile
+    return VARIANTS[row.variant].configured == "forward" and largest >= N * M and max(N, M) <= 256
 
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
     """Of this row, as the committed table configures it or otherwise."""
     variant = VARIANTS[row.variant]
-    blocks = configuration or block_sizes(variant.configured, row.dtype, *row.tile, row.target)
+    # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
+    dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
+    blocks = dict(configuration or block_sizes(variant.configured, dtype, *row.tile, row.target))
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     source = _source(variant, row.dtype, variant.constants | blocks)
     compiled = triton.compile(source, target=TARGETS[row.target], options=options | {"enable_fp_fusion": True})
@@ -204,25 +217,24 @@ def _try_row(row: Row, configuration: dict[str, int] | None) -> Resources | str:
 
 
 def compile_rows(
-    wanted: list[Row], configurations: Iterable[dict[str, int] | None] | None = None, processes: int = 2
-) -> list[Resources | str]:
+    wanted: Sequence[Row], configurations: Sequence[dict[str, int] | None] | None = None, processes: int = 2
+) -> Iterator[Resources | str]:
     """The resources of each row, or why it does not compile. Nothing is taken from the disk cache."""
-    configurations = [None] * len(wanted) if configurations is None else list(configurations)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(_try_row, wanted, configurations))
+            yield from pool.map(_try_row, wanted, configurations or [None] * len(wanted))
 
 
 def problems(row: Row, found: Resources | str) -> list[str]:
-    """What is wrong with a row by itself. Stacks of the 16384 class are held to the table instead."""
+    """What is wrong with a row by itself."""
     if isinstance(found, str):
         return [f"{row}: {found}"]
     wrong = []
     limit = SHARED_MEMORY[row.target]
     if found.shared > limit:
         wrong.append(f"{row}: {found.shared} bytes of shared memory, of {limit}")
-    if found.stack and VARIANTS[row.variant].configured == "forward" and row.tile[0] * row.tile[1] <= 8192:
+    if found.stack and must_not_spill(row):
         wrong.append(f"{row}: a stack of {found.stack} bytes, in a forward kernel")
     return wrong
 
@@ -257,10 +269,10 @@ def load_table() -> dict[str, Any]:
     return json.loads(RESOURCES.read_text())
 
 
-def write_table(wanted: list[Row], found: list[Resources | str]) -> None:
+def write_table(found: dict[Row, Resources], sources: str) -> None:
     """One line a tile, its targets side by side."""
     table: dict[str, Any] = {}
-    for row, resources in zip(wanted, found):
+    for row, resources in found.items():
         tile = f"{row.tile[0]}x{row.tile[1]}"
         table.setdefault(row.variant, {}).setdefault(row.dtype, {}).setdefault(tile, {})[row.target] = resources
     variants = []
@@ -273,29 +285,46 @@ def write_table(wanted: list[Row], found: list[Resources | str]) -> None:
     head = {
         "note": "By benchmarks/ahead_of_time.py. [registers, bytes of stack] a thread, bytes of shared memory a program.",
         "triton": triton.__version__,
-        "sources": sources_hash(),
+        "sources": sources,
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
+def make_table() -> list[str]:
+    """Writes the table as it grows; goes on with one of the same sources that was interrupted. What is wrong with it."""
+    sources = sources_hash()
+    old = load_table() if RESOURCES.exists() else {}
+    current = old.get("sources") == sources and old["triton"] == triton.__version__
+    kept = {row: committed(row, old) if current else None for row in rows()}
+    found = {row: resources for row, resources in kept.items() if resources}
+    missing = [row for row in kept if row not in found]
+    wrong = [line for row, resources in found.items() for line in problems(row, resources)]
+    for row, resources in zip(missing, compile_rows(missing)):
+        wrong += problems(row, resources)
+        if not isinstance(resources, str):
+            found[row] = resources
+            write_table(found, sources)
+    return wrong
+
+
+def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
+    """What is wrong with these rows, compiled anew, or not as in the table."""
+    wrong = []
+    for row, resources in zip(wanted, compile_rows(wanted)):
+        wrong += problems(row, resources) + differences(row, resources, table)
+    if table["sources"] != sources_hash():
+        wrong.append("the kernels or their configurations have changed since the table was made")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows that have all of these; printed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    found = compile_rows(wanted)
-    wrong = [line for pair in zip(wanted, found) for line in problems(*pair)]
-    if options.check:
-        table = load_table()
-        wrong += [line for pair in zip(wanted, found) for line in differences(*pair, table)]
-        if table["sources"] != sources_hash():
-            wrong.append("the kernels or their configurations have changed since the table was made")
-    elif options.only:
-        print(*(f"{row}: {resources}" for row, resources in zip(wanted, found)), sep="\n")
-    elif not any(isinstance(resources, str) for resources in found):
-        write_table(wanted, found)
+    wrong = check(wanted, load_table()) if options.check or options.only else make_table()
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

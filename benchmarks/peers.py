@@ -1,17 +1,27 @@
-"""Other ways to the same plan, on the same cost and at the same number of rounds.
+"""Other ways to the same plan, or the same attended tokens, at the same number of rounds.
 
 A peer that is not installed is left out; ``absent`` says why. None of these is a dependency.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from timing import Contender
 from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from otfuse.testing import per_item_log_domain
+import otfuse
+from otfuse.testing import per_item_log_domain, specified_attend
+
+Attended = tuple[Tensor, Tensor]
+HEAD = 64  # features of a head of ordinary attention
+LOOPS = 32  # items of the largest batch for what goes through it in Python
 
 
 def solvers(cost: Tensor, epsilon: float, num_iters: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -64,3 +74,195 @@ def _ott(cost: Tensor, epsilon: float, num_iters: int) -> Callable[[], Any]:
 
     compiled, on_device = jax.jit(jax.vmap(solve)), jnp.asarray(cost.numpy())
     return lambda: compiled(on_device).block_until_ready()
+
+
+class Compiler:
+    """torch.compile with a limit on the time spent on it in all: fifty rounds written out are much to compile."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds_left = seconds
+
+    def __call__(self, function: Callable[..., Any], wrap: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+        """``wrap(compiled function)``, called once on the inputs, so that it is compiled, backward too."""
+        if self.seconds_left <= 0:
+            raise TimeoutError("the time for compiling is spent")
+        start = time.perf_counter()
+        torch._dynamo.reset()  # beyond a few shapes of one function it would quietly stop compiling
+        compiled = wrap(torch.compile(function, dynamic=False))
+        try:
+            compiled(*inputs)
+        finally:
+            self.seconds_left -= time.perf_counter() - start
+        return compiled
+
+
+def attends(epsilon: float, num_iters: int) -> tuple[list[Contender], dict[str, str]]:
+    """Contenders that take tokens x [B, N, D], y [B, M, D] and return both attended; and why others are absent."""
+    present = [
+        Contender("log domain, eager", log_domain_attend(epsilon, num_iters)),
+        Contender("specification, float32", lambda x, y: specified_attend(x, y, epsilon, num_iters=num_iters)[:2]),
+        Contender("cross-attention (sdpa), no transport", cross_attention, answers=False),
+    ]
+    absent = {}
+    try:
+        present.append(Contender("POT ot.batch sinkhorn", _around(_pot_on_device(epsilon, num_iters)), replayed=False))
+    except ImportError as missing:
+        absent["POT ot.batch sinkhorn"] = str(missing)
+    return present, absent
+
+
+def loops(B: int, epsilon: float, num_iters: int) -> tuple[list[Contender], dict[str, str]]:
+    """Those that solve an item at a time, for batches of up to LOOPS."""
+    names = "per-item log-domain loop", "flash-sinkhorn, an item at a time (|x - y|²/2 of unit vectors)"
+    if B > LOOPS:
+        return [], dict.fromkeys(names, f"goes item by item: only up to B = {LOOPS}")
+    per_item = partial(per_item_log_domain, epsilon=epsilon, num_iters=num_iters)
+    present, absent = [Contender(names[0], _around(per_item))], {}
+    try:
+        present.append(Contender(names[1], _flash(epsilon, num_iters), replayed=False))
+    except ImportError as missing:
+        absent[names[1]] = str(missing)
+    return present, absent
+
+
+def log_domain_attend(epsilon: float, num_iters: int) -> Callable[[Tensor, Tensor], Attended]:
+    return _around(partial(batched_log_domain, epsilon=epsilon, num_iters=num_iters))
+
+
+def batched_log_domain(similarity: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """Plans by two logsumexp a round and nothing else, as one writes it in an afternoon; uniform weights."""
+    _, N, M = similarity.shape
+    log_kernel = similarity / epsilon  # [B, N, M]
+    log_v = torch.zeros_like(similarity[:, 0])
+    for _ in range(num_iters):
+        log_u = -math.log(N) - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
+        log_v = -math.log(M) - torch.logsumexp(log_kernel + log_u[:, :, None], 1)
+    return torch.exp(log_kernel + log_u[:, :, None] + log_v[:, None, :])
+
+
+def cross_attention(x: Tensor, y: Tensor) -> Attended:
+    """What ordinary attention costs on the same tokens, each side attending to the other, without projections."""
+    return x + _multi_head(x, y), y + _multi_head(y, x)
+
+
+def with_gradient(call: Callable[..., Attended]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Forward and backward: tokens and the gradients sent to the outputs in, gradients of the tokens out."""
+
+    def gradients(x: Tensor, y: Tensor, *sent: Tensor) -> tuple[Tensor, Tensor]:
+        # Leaves made here: those of another stream could not be waited for while a graph is captured.
+        leaves = x.detach().requires_grad_(), y.detach().requires_grad_()
+        return torch.autograd.grad(call(*leaves), leaves, sent)
+
+    return gradients
+
+
+def _around(solve: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Attended]:
+    """Tokens to attended tokens, in float32, with ``solve`` from similarity to plan in between."""
+
+    def attend(x: Tensor, y: Tensor) -> Attended:
+        wide_x, wide_y = x.float(), y.float()
+        plan = solve(otfuse.similarity_matrix(wide_x, wide_y))
+        return torch.baddbmm(wide_x, plan, wide_y).to(x.dtype), torch.baddbmm(wide_y, plan.mT, wide_x).to(y.dtype)
+
+    return attend
+
+
+def _multi_head(queries: Tensor, tokens: Tensor) -> Tensor:
+    head = HEAD if queries.shape[2] % HEAD == 0 else queries.shape[2]
+    q, k = (t.unflatten(2, (-1, head)).transpose(1, 2) for t in (queries, tokens))  # [B, heads, tokens, head]
+    return scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
+def _pot_on_device(epsilon: float, num_iters: int) -> Callable[[Tensor], Tensor]:
+    from ot.batch import bregman_projection_batch
+
+    def solve(similarity: Tensor) -> Tensor:
+        with similarity.device:  # it makes its first scalings wherever tensors are made by default
+            return bregman_projection_batch(torch.exp(similarity / epsilon), max_iter=num_iters, tol=-1.0)["T"]
+
+    return solve
+
+
+def _flash(epsilon: float, num_iters: int) -> Callable[[Tensor, Tensor], Attended]:
+    """Half the squared distance of unit vectors is one minus the cosine: the same plan."""
+    from flash_sinkhorn import SamplesLoss
+
+    solver = SamplesLoss(
+        backend="alternating", use_epsilon_scaling=False, eps=epsilon, n_iters=num_iters, half_cost=True, debias=False,
+        potentials=True, allow_tf32=False, autotune=False,
+    )  # fmt: skip
+
+    def attend(x: Tensor, y: Tensor) -> Attended:
+        f, g = solver(normalize(x.float(), dim=-1), normalize(y.float(), dim=-1))
+
+        def plan(similarity: Tensor) -> Tensor:
+            _, N, M = similarity.shape
+            return torch.exp((f[:, :, None] + g[:, None, :] + similarity - 1) / epsilon) / (N * M)
+
+        return _around(plan)(x, y)
+
+    return attend
+
+
+def fusions(epsilon: float, num_iters: int, compiled: bool) -> tuple[dict[str, Attend], dict[str, str]]:
+    """Other ways to the attended tokens: (name -> x, y -> both outputs, name -> why it is absent).
+
+    ``compiled`` adds the forms under torch.compile, which take tens of seconds to compile.
+    """
+
+    def specified(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return log_domain_attend(x, y, lambda *problem: specification(*problem, epsilon, num_iters).plan)
+
+    def lean(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return log_domain_attend(x, y, lambda *problem: lean_log_domain(*problem, epsilon, num_iters))
+
+    present: dict[str, Attend] = {LOG_DOMAIN: specified, LEAN_LOG_DOMAIN: lean}
+    absent = {"flash-sinkhorn": _flash_sinkhorn()}
+    if compiled:
+        present |= {f"{name}, torch.compile": torch.compile(present[name]) for name in (LOG_DOMAIN, LEAN_LOG_DOMAIN)}
+    else:
+        absent["torch.compile"] = "compiled for one case only: it takes long"
+    return present, absent
+
+
+def log_domain_attend(x: Tensor, y: Tensor, solve: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosine similarity, ``solve`` and both attends for all items at once, in float32."""
+    wide_x, wide_y = x.float(), y.float()
+    similarity = attention.similarity(wide_x, wide_y, "cosine")  # [B, N, M]
+    B, N, M = similarity.shape
+    p = Marginals(similarity.new_full((B, N), 1 / N), similarity.new_full((B, M), 1 / M), masked=False)
+    plan = solve(similarity, p.a, p.b)
+    out = attention.attend(wide_x, wide_y, wide_x, wide_y, plan, p, "plan")
+    return out[0].to(x.dtype), out[1].to(y.dtype)
+
+
+def lean_log_domain(similarity: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """The specification without what this package adds to a round: marginal error, stopping, padding."""
+    log_kernel, log_a, log_b = similarity / epsilon, a.log(), b.log()
+    log_v = torch.zeros_like(b)
+    for _ in range(num_iters):
+        log_u = log_a - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
+        log_v = log_b - torch.logsumexp(log_kernel + log_u[:, :, None], 1)
+    return torch.exp(log_kernel + log_u[:, :, None] + log_v[:, None, :])
+
+
+def cross_attention(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Ordinary attention both ways on the same tokens, heads of 64 features, no projections: a price, not a peer."""
+
+    def heads(tokens: Tensor) -> Tensor:
+        B, N, D = tokens.shape
+        return tokens.view(B, N, -1, 64 if D % 64 == 0 else D).transpose(1, 2)
+
+    def one_way(query: Tensor, other: Tensor) -> Tensor:
+        keys = heads(other)
+        out = torch.nn.functional.scaled_dot_product_attention(heads(query), keys, keys)
+        return query + out.transpose(1, 2).reshape(query.shape)
+
+    return one_way(x, y), one_way(y, x)
+
+
+def _flash_sinkhorn() -> str:
+    """Why flash-sinkhorn is not timed; it is looked for, not imported."""
+    if any(importlib.util.find_spec(name) for name in ("flash_sinkhorn", "ot_triton")):
+        return "installed, but gives a loss or potentials, no attended tokens to verify: not timed"
+    return "not installed"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
-from conftest import _cpu
+from conditions import cpu
 from peers import batched_scaling
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> Non
 
 
 def main(names: list[str]) -> None:
-    print(f"{_cpu()}, {torch.get_num_threads()} thread, torch {torch.__version__}, {datetime.date.today()}")
+    print(f"{cpu()}, {torch.get_num_threads()} thread, torch {torch.__version__}, {datetime.date.today()}")
     for part in (errors, modes, times):
         if not names or part.__name__ in names:
             part()

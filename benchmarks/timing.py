@@ -149,3 +149,19 @@ def row(
         "calls_per_turn": turn.calls,
         "error": None if math.isnan(error) else error,
     }
+
+
+def rates(median_ms: float, traffic: int, flops: int, peak: float | None) -> dict[str, Any]:
+    """What the case needs over the time taken; a contender that moves more than that is not credited with it.
+
+    ``peak`` is the bytes a second of a copy in the same run.
+    """
+    seconds = median_ms / 1e3
+    return {
+        "traffic_mb": traffic / 1e6,
+        "gflop": flops / 1e9,
+        "gb_per_s": traffic / seconds / 1e9,
+        "gflop_per_s": flops / seconds / 1e9,
+        "copy_gb_per_s": None if peak is None else peak / 1e9,
+        "share_of_copy": None if peak is None else traffic / seconds / peak,
+    }

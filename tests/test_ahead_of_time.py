@@ -43,7 +43,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import ahead_of_time
 wanted = [ahead_of_time.Row(variant, dtype, tuple(tile), target) for variant, dtype, tile, target in json.loads(sys.argv[2])]
-print(json.dumps(ahead_of_time.compile_rows(wanted, json.loads(sys.argv[3]))))
+if __name__ == "__main__":
+    print(json.dumps(list(ahead_of_time.compile_rows(wanted, json.loads(sys.argv[3])))))
 """
 
 

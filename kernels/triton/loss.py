@@ -1,9 +1,10 @@
 """The alignment loss of LAVCap (Eq. 4) and its gradient: logits a tile at a time, never in memory.
 
 Either sequence of an item is a side: its tokens are told from each other by what they have to do with the tokens of
-the other sequence, the others. Logits are ``<q_i, s_j> log2(e) / temperature`` (``exp2`` is what the hardware has) for
-tokens i, j of the side, where q is what the plan assigns them and s their similarities. A program owns a block of
-tokens, or in the backward a tile of both gradients, and goes through the tokens of its side block by block: no two
+the other sequence, the others. Their logits are ``<q_i, s_j> / temperature`` for tokens i, j of the side, where q is what
+the plan assigns them and s their similarities. They are scaled (by ``log2(e) / temperature``: ``exp2`` is what the
+hardware has) only as differences, so that the rounding of the scale is not one of large numbers. A program owns a block
+of tokens, or in the backward a tile of both gradients, and goes through the tokens of its side block by block: no two
 programs add to one number, and a result depends on its own item alone.
 
 Letters: B batch, N tokens of ``x``, M tokens of ``y``.
@@ -111,7 +112,7 @@ def side_terms(
     stride, other_stride, share, scale, ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What these tokens add to the loss, and log2 of the sum of exp2 of their logits."""
+    """What these tokens add to the loss, and what their softmax is shifted and divided by."""
     keep = kept(own_ptr, tokens, size)
     highest, shift = tl.full((BLOCK,), float("-inf"), DTYPE), tl.zeros((BLOCK,), DTYPE)
     total, target = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
@@ -121,25 +122,25 @@ def side_terms(
         i, keep_i, j, keep_j = tokens, keep, candidates, keep_candidates
         if CONTRAST == OVER_ASSIGNMENT:
             i, keep_i, j, keep_j = candidates, keep_candidates, tokens, keep
-        logits, _ = products(
+        inner, _ = products(
             plan_ptr, similarity_ptr, other_ptr, i, j, keep_i, keep_j, num_others, stride, other_stride,
             ASSIGNMENT, PRECISION, BLOCK, BLOCK_OTHER, DTYPE,
         )  # fmt: skip
-        logits = logits * scale
         if CONTRAST == OVER_ASSIGNMENT:
-            logits = tl.trans(logits)
-        target += tl.sum(tl.where(tokens[:, None] == candidates[None, :], logits, 0.0), 1)
-        logits = tl.where(keep_candidates[None, :], logits, float("-inf"))
+            inner = tl.trans(inner)
+        target += tl.sum(tl.where(tokens[:, None] == candidates[None, :], inner, 0.0), 1)
+        inner = tl.where(keep_candidates[None, :], inner, float("-inf"))
         before = highest
-        highest = tl.maximum(highest, tl.max(logits, 1))
-        # An infinity (no candidate so far, or an infinite logit) less itself would be NaN.
+        highest = tl.maximum(highest, tl.max(inner, 1))
+        # An infinity (no candidate so far, or one in the data) less itself would be NaN.
         shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
-        total = total * tl.exp2(before - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
-    # The difference first: both may be large, and where the target is the highest it is exactly zero.
-    losses = ((shift - target) + tl.log2(total)) * LN2
+        total = total * tl.exp2((before - shift) * scale) + tl.sum(tl.exp2((inner - shift[:, None]) * scale), 1)
+    losses = ((shift - target) * scale + tl.log2(total)) * LN2
     share = tl.where(keep, share, 0.0)
     tl.store(terms_ptr + tokens, tl.where(share > 0, losses * share, 0.0), mask=tokens < size)
-    tl.store(normaliser_ptr + tokens, shift + tl.log2(total), mask=tokens < size)
+    tl.store(normaliser_ptr + tokens, shift, mask=tokens < size)
+    # Apart, as their sum would be rounded to the size of the logits.
+    tl.store(normaliser_ptr + (size + num_others) + tokens, total, mask=tokens < size)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -154,7 +155,7 @@ def _alignment_loss_fwd_kernel(
     plan_ptr += item * N * M
     similarity_ptr += item * N * M
     terms_ptr += item * (N + M)
-    normaliser_ptr += item * (N + M)
+    normaliser_ptr += item * 2 * (N + M)
     if a_ptr is not None:
         a_ptr += item * N
     if b_ptr is not None:
@@ -180,7 +181,7 @@ def _alignment_loss_fwd_kernel(
 
 @triton.jit
 def product_gradients(
-    plan_ptr, similarity_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, i, j, keep_i, keep_j, num_others,
+    plan_ptr, similarity_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, i, j, keep_i, keep_j, size, num_others,
     stride, other_stride, share, scale, ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -194,9 +195,10 @@ def product_gradients(
         tokens, keep = j, keep_j
     along: tl.constexpr = 0 if CONTRAST == OVER_ASSIGNMENT else 1
     share = tl.where(keep, share, 0.0)
-    normaliser = tl.load(normaliser_ptr + tokens, mask=share > 0, other=0.0)
+    shift = tl.load(normaliser_ptr + tokens, mask=share > 0, other=0.0)
+    total = tl.load(normaliser_ptr + (size + num_others) + tokens, mask=share > 0, other=1.0)
     weight = tl.load(grad_ptr + tokens * grad_stride, mask=share > 0, other=0.0) * (share * scale * LN2)
-    softmax = tl.exp2(inner * scale - tl.expand_dims(normaliser, along))
+    softmax = tl.exp2((inner - tl.expand_dims(shift, along)) * scale) * tl.expand_dims(1.0 / total, along)
     grad = (softmax - tl.where(i[:, None] == j[None, :], 1.0, 0.0)) * tl.expand_dims(weight, along)
     return tl.where(keep_i[:, None] & keep_j[None, :], grad, 0.0), inner, sums
 
@@ -216,7 +218,7 @@ def side_gradients(
         keep_partners = kept(own_ptr, partners, size)
         grad, inner, sums = product_gradients(
             plan_ptr, similarity_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, tokens, partners,
-            keep, keep_partners, num_others, stride, other_stride, share, scale,
+            keep, keep_partners, size, num_others, stride, other_stride, share, scale,
             ASSIGNMENT, CONTRAST, PRECISION, BLOCK, BLOCK_OTHER, DTYPE,
         )  # fmt: skip
         s = load_block(similarity_ptr, partners, others, keep_partners, keep_others, stride, other_stride, DTYPE)
@@ -226,7 +228,7 @@ def side_gradients(
         if size > BLOCK:  # otherwise partners and tokens are the same
             grad, _, partner_sums = product_gradients(
                 plan_ptr, similarity_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, partners, tokens,
-                keep_partners, keep, num_others, stride, other_stride, share, scale,
+                keep_partners, keep, size, num_others, stride, other_stride, share, scale,
                 ASSIGNMENT, CONTRAST, PRECISION, BLOCK, BLOCK_OTHER, DTYPE,
             )  # fmt: skip
         plan = load_block(plan_ptr, partners, others, keep_partners, keep_others, stride, other_stride, DTYPE)
@@ -257,7 +259,7 @@ def _alignment_loss_bwd_kernel(
     columns = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     plan_ptr += item * N * M
     similarity_ptr += item * N * M
-    normaliser_ptr += item * (N + M)
+    normaliser_ptr += item * 2 * (N + M)
     grad_terms_ptr += item * grad_stride_b
     if a_ptr is not None:
         a_ptr += item * N

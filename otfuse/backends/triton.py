@@ -19,12 +19,19 @@ from torch import Tensor
 
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
+from otfuse.backends._triton_launch import launch
 from otfuse.backends.base import Backend, is_installed
 from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
 # Entries of the largest tile that stays on chip, both sides rounded up to a power of two of at least 16.
 LARGEST_TILE = {8: 8192, 4: 16384}  # by bytes of an entry of the solve
+
+# What keeps the blocks of tokens, beside the tile, within the shared memory of every GPU: the longest side, by bytes of
+# an entry, and the entries where tokens are float16, whose products need the plan in two parts of float32. (The worst
+# cases are the thin tiles in kernels/triton/resources.json.)
+LONGEST_SIDE = {8: 256, 4: 512}
+LARGEST_TILE_FLOAT16 = 8192
 
 FEATURES = 64  # of the smallest part of an item
 
@@ -52,12 +59,20 @@ class TritonBackend(Backend):
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
         _, N, M = problem.shape
-        largest = LARGEST_TILE[problem.solve_dtype.itemsize]
-        if tile_side(N) * tile_side(M) > largest:
-            dtype = str(problem.solve_dtype).removeprefix("torch.")
+        size = problem.solve_dtype.itemsize
+        tokens, largest = problem.x is not None, LARGEST_TILE[size]
+        dtype = str(problem.solve_dtype).removeprefix("torch.")
+        if tokens and problem.values.dtype == torch.float16:
+            largest, dtype = LARGEST_TILE_FLOAT16, "float16"
+        sides = tile_side(N), tile_side(M)
+        if sides[0] * sides[1] > largest:
             reasons.append(
                 f"a kernel matrix of {N} x {M} does not fit on chip (at most {largest} entries in {dtype}, "
                 "N and M each rounded up to a power of two, at least 16)"
+            )
+        elif tokens and max(sides) > LONGEST_SIDE[size]:
+            reasons.append(
+                f"tokens of {N} x {M} do not fit on chip (at most {LONGEST_SIDE[size]} on either side in {dtype})"
             )
         return reasons
 
@@ -119,16 +134,17 @@ def launch_attend(
             made = solution[0].new_empty(B, N, M)
             tiles = _blocks("similarity", x, min(tile_side(N), 64), min(tile_side(M), 64))
             grid = (B, -(-N // tiles["BLOCK_N"]), -(-M // tiles["BLOCK_M"]))
-            attend._similarity_kernel[grid](
-                x, y, a, b, made, N, M, D, COSINE=cosine, PRECISION=_precision(x), **tiles
-            )
-        attend._attend_fwd_kernel[(B, shape.parts)](
+            tokens = x, y, a, b, made, N, M, D
+            launch(attend._similarity_kernel, grid, tokens, COSINE=cosine, PRECISION=_precision(x), **tiles)
+        arguments = (
             x, y, made if shape.similarity_first else None, a, b,
             *outputs[:2], _wanted(outputs[2]), None if shape.similarity_first else _wanted(outputs[3]),
             *solution[:4], *map(_wanted, solution[4:]),
             N, M, D, shape.features, scale, num_iters, tol,
-            COSINE=cosine, BARYCENTRIC=barycentric, STOPS=tol > 0, HISTORY=_history(grad, history),
-            PRECISION=_precision(x), **blocks,
+        )  # fmt: skip
+        launch(
+            attend._attend_fwd_kernel, (B, shape.parts), arguments, COSINE=cosine, BARYCENTRIC=barycentric,
+            STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION=_precision(x), **blocks,
         )  # fmt: skip
     return *outputs[:3], made if similarity else outputs[3], *solution
 
@@ -146,12 +162,14 @@ def launch_attend_backward(
         return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     with _on(x.device):
-        attend_backward._attend_bwd_kernel[(B, shape.parts)](
+        arguments = (
             x, y, None, a, b, *_contiguous(rounds, history, state), *_sent(*grads),
             *gradients[:2], None, *map(_wanted, gradients[2:]),
             N, M, D, shape.features, scale, num_iters,
-            COSINE=cosine, BARYCENTRIC=barycentric, MODE=grad, PRECISION=_precision(x),
-            **_blocks("backward", x, tile_side(N), tile_side(M)),
+        )  # fmt: skip
+        launch(
+            attend_backward._attend_bwd_kernel, (B, shape.parts), arguments, COSINE=cosine, BARYCENTRIC=barycentric,
+            MODE=grad, PRECISION=_precision(x), **_blocks("backward", x, tile_side(N), tile_side(M)),
         )  # fmt: skip
     return gradients
 
@@ -167,11 +185,14 @@ def launch_sinkhorn(
     if B == 0:
         return plan, *solution
     with _on(cost.device):
-        attend._attend_fwd_kernel[(B, 1)](
+        arguments = (
             None, None, cost, a, b, None, None, plan, None, *solution[:4], *map(_wanted, solution[4:]),
             N, M, 0, 0, scale, num_iters, tol,
-            COSINE=False, BARYCENTRIC=False, STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION="ieee",
-            **_blocks("forward", cost, tile_side(N), tile_side(M)),
+        )  # fmt: skip
+        launch(
+            attend._attend_fwd_kernel, (B, 1), arguments, COSINE=False, BARYCENTRIC=False,
+            STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION="ieee",
+            **_blocks("forward", cost, tile_side(N), tile_side(M), tokens=False),
         )  # fmt: skip
     return plan, *solution
 
@@ -189,12 +210,14 @@ def launch_sinkhorn_backward(
         return gradients
     grad_plan, grad_f, grad_g = _sent(*grads)
     with _on(cost.device):
-        attend_backward._attend_bwd_kernel[(B, 1)](
+        arguments = (
             None, None, cost, a, b, *_contiguous(rounds, history, state), None, None, grad_plan, None, grad_f, grad_g,
             None, None, gradients[0], *map(_wanted, gradients[1:]),
             N, M, 0, 0, scale, num_iters,
-            COSINE=False, BARYCENTRIC=False, MODE=grad, PRECISION="ieee",
-            **_blocks("backward", cost, tile_side(N), tile_side(M)),
+        )  # fmt: skip
+        launch(
+            attend_backward._attend_bwd_kernel, (B, 1), arguments, COSINE=False, BARYCENTRIC=False,
+            MODE=grad, PRECISION="ieee", **_blocks("backward", cost, tile_side(N), tile_side(M), tokens=False),
         )  # fmt: skip
     return gradients
 
@@ -240,10 +263,11 @@ def _history(grad: int, history: bool) -> int:
     return 0 if not history else 2 if grad == UNROLL else 1
 
 
-def _blocks(kernel: str, values: Tensor, BLOCK_N: int, BLOCK_M: int) -> dict[str, int]:
-    """Block sizes, warps and stages for a tile of a kernel that works on these tokens, or costs."""
-    dtype = str(values.dtype).removeprefix("torch.")
-    return block_sizes(kernel, dtype, BLOCK_N, BLOCK_M, target_of(values.device))
+def _blocks(kernel: str, values: Tensor, BLOCK_N: int, BLOCK_M: int, tokens: bool = True) -> dict[str, int]:
+    """Block sizes, warps and stages for a tile of a kernel on these tokens; or costs, which are widened at once."""
+    dtype = values.dtype if tokens or values.dtype == torch.float64 else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    return block_sizes(kernel, name, BLOCK_N, BLOCK_M, target_of(values.device))
 
 
 def _precision(tokens: Tensor) -> str:

@@ -23,9 +23,7 @@ from otfuse.registration import register_autograd
 OPTIONS = "float temperature, int assignment, int contrast, bool mean"
 PROBLEM = "Tensor plan, Tensor similarity, Tensor? a, Tensor? b"
 
-ops.library.define(
-    f"alignment_loss_triton({PROBLEM}, {OPTIONS}) -> (Tensor terms, Tensor normaliser, Tensor has_mass)"
-)
+ops.library.define(f"alignment_loss_triton({PROBLEM}, {OPTIONS}) -> (Tensor terms, Tensor normaliser, Tensor has_mass)")
 ops.library.define(
     f"alignment_loss_triton_backward({PROBLEM}, {OPTIONS}, Tensor normaliser, Tensor grad_terms) -> (Tensor, Tensor)"
 )
@@ -54,10 +52,10 @@ def token_terms(
 
 
 def _new_terms(plan: Tensor) -> tuple[Tensor, ...]:
-    """Room for the terms [B, N + M], log2 of what their softmax divides by, and whether an item has mass [B]."""
+    """Room for the terms [B, N + M], what their softmax is shifted and divided by [B, 2, N + M], has_mass [B]."""
     B, N, M = plan.shape
     dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
-    terms, normaliser = (plan.new_empty((B, N + M), dtype=dtype) for _ in range(2))
+    terms, normaliser = (plan.new_empty(shape, dtype=dtype) for shape in ((B, N + M), (B, 2, N + M)))
     return terms, normaliser, plan.new_empty((B,), dtype=torch.int32)
 
 
@@ -134,7 +132,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:4], normaliser)
 
 
-def _backward(ctx: Any, grad_terms: Tensor, *_: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_terms: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_terms is None:
+        return (None,) * 8
     *problem, normaliser = ctx.saved_tensors
     op = torch.ops.otfuse.alignment_loss_triton_backward
     return (*op(*problem, *ctx.options, normaliser, grad_terms), *[None] * 6)

@@ -1,0 +1,111 @@
+"""A driver for Triton that has no device: kernels are bound, specialised and compiled as for one, and not run.
+
+Run as a program, it reports what launching costs the host, and how often something is compiled. It goes without the
+interpreter, so in a process of its own: ``python tests/stand_in_driver.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import otfuse
+from otfuse import ops
+from otfuse.backends import triton as backend
+from otfuse.backends.triton import TritonBackend
+
+launches: list[tuple[Any, ...]] = []
+
+
+class StandIn:
+    """What Triton asks of a driver, for an H100."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132},
+        load_binary=lambda *binary: (1, 1, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        # Tensors are not kept: their memory is to be used again, as it would be.
+        return lambda *args: launches.append((metadata.name, args[:4], [a for a in args if type(a) in (int, float)]))
+
+
+def use() -> None:
+    """From here on CPU tensors are launched on, as if they were an H100's."""
+    driver.set_active(StandIn())
+    for name in ("sinkhorn_attend_triton", "sinkhorn_triton"):
+        for op in (name, f"{name}_backward"):
+            launcher = op.replace("_triton", "").replace("sinkhorn_attend", "attend")
+            ops.library.impl(op, getattr(backend, f"launch_{launcher}"), "CPU")
+    TritonBackend.device = "cpu"
+    TritonBackend.unavailable = lambda self: []
+    backend.multiprocessors = lambda device: 132
+    backend.target_of = lambda device: "sm_90"
+
+
+def attend(B: int = 64, N: int = 64, M: int = 20, D: int = 768, dtype: Any = torch.bfloat16, **options: Any) -> Any:
+    x, y = torch.empty(B, N, D, dtype=dtype), torch.empty(B, M, D, dtype=dtype)
+    return otfuse.sinkhorn_attend(x, y, backend="triton", **options)
+
+
+def microseconds(call: Callable[[], Any], turns: int = 2000) -> float:
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times[turns // 2 :])
+
+
+def compiled() -> int:
+    from otfuse.kernels.triton.attend import _attend_fwd_kernel
+
+    return sum(len(caches[0]) for caches in _attend_fwd_kernel.device_caches.values())
+
+
+def main() -> None:
+    use()
+    attend()
+    report: dict[str, Any] = {"first": compiled()}
+    for N, M in ((63, 19), (33, 17), (64, 32), (50, 25), (48, 18)):  # one tile, 64 x 32
+        attend(N=N, M=M)
+    attend(B=3, num_iters=7, epsilon=0.02)
+    report["same tile"] = compiled()
+    attend(N=65)
+    report["next tile"] = compiled()
+    report["names"] = [name for name, _, _ in launches]
+    report["streams"] = sorted({place[3] for _, place, _ in launches})
+    _, (*report["grid"], _), report["numbers"] = launches[-1]
+    launches.clear()
+    attend(B=2, N=256, D=1024)
+    report["small batch"] = [(name, place[:3]) for name, place, _ in launches]
+    x, y = torch.empty(64, 64, 768, dtype=torch.bfloat16), torch.empty(64, 20, 768, dtype=torch.bfloat16)
+    options = (None, None, True, False, 10.0, 50, -1.0, 1, False, False, False)
+    report["launcher, microseconds"] = microseconds(lambda: backend.launch_attend(x, y, *options))
+    report["public function, microseconds"] = microseconds(lambda: otfuse.sinkhorn_attend(x, y, backend="triton"))
+    report["empty allocations, microseconds"] = microseconds(
+        lambda: [torch.empty(64, 64, 768, dtype=torch.bfloat16) for _ in range(2)]
+    )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
