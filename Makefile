@@ -13,7 +13,7 @@ demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
 test: .venv/dev
-	$(BIN)/python -m pytest tests benchmarks
+	$(BIN)/python -m pytest -n 2 tests benchmarks
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the device, and Triton's interpreter where there is no GPU."""
+"""What tests and benchmarks share: the device, and Triton's interpreter where there is none."""
 
 from __future__ import annotations
 
@@ -12,4 +12,9 @@ if not torch.cuda.is_available():  # before Triton or otfuse is imported: they l
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="the device of the tensors: cpu (default) or cuda")
+    parser.addoption("--device", default="cpu", help="where tensors are: cpu (default) or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))

@@ -73,12 +73,3 @@ CUDA_CASES = (
 )
 
 TINY = Case("tiny", 2, 9, 5, 24, T=3)  # for Triton's interpreter, where there is no GPU
-
-# In the order of their worth, should time run out: the paper's sizes first.
-GPU_CASES = (
-    *(Case("lavcap", B, 64, 20, 768) for B in (64, 1024, 4, 32, 256)),
-    *(Case("lavcap_patches", B, 256, 20, 768) for B in (64, 8)),
-    Case("square", 64, 64, 64, 768),
-    Case("square", 64, 128, 128, 768),
-)
-SMALL = Case("small", 2, 9, 5, 24)  # runs in Triton's interpreter within a second

@@ -54,7 +54,7 @@ class Results:
             self.facts = conditions(torch.device(self.options.device))
             self.facts["commit"] = self.options.commit or self.facts["commit"]
             self.options.out.mkdir(parents=True, exist_ok=True)
-            self.path = self.options.out / file_name(self.facts)
+            self.path = self.options.out / ("dry-run.json" if self.options.dry_run else file_name(self.facts))
         assert self.path is not None
         self.path.write_text(json.dumps({"conditions": self.facts, "rows": self.rows}, indent=1) + "\n")
 
@@ -130,10 +130,12 @@ def race(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., 
             try:
                 checked[peer.name] = _checked(entered(peer, inputs, traffic), peer, error, FAR_OFF * allowed)
             except Exception as failure:  # whatever it has to say
+                if not timed and not isinstance(failure, TimeoutError):
+                    raise  # it would go unnoticed
                 absent[peer.name] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
         if not timed:
             return
-        _take_turns([turn for turn, _ in checked.values()], options.seconds)
+        _take_turns([turn for turn, _ in checked.values()], options.seconds, fewest=2 if options.dry_run else 7)
         first, peak = checked[ours.name][0], request.getfixturevalue("bandwidth")
         rows = [row(case, name, turn, first, off) | _launched(turn) for name, (turn, off) in checked.items()]
         facts |= {"absent": absent}
@@ -167,8 +169,8 @@ def _enter_untimed(contender: Contender, inputs: tuple[Tensor, ...], traffic: in
     return None, contender.call(*inputs)
 
 
-def _take_turns(turns: list[HostTurn | DeviceTurn], seconds: float) -> None:
-    rounds = max(7, min(400, int(seconds / sum(turn.seconds for turn in turns))))
+def _take_turns(turns: list[HostTurn | DeviceTurn], seconds: float, fewest: int) -> None:
+    rounds = max(fewest, min(400, int(seconds / sum(turn.seconds for turn in turns))))
     for _ in range(rounds):
         for turn in turns:
             turn.timed()

@@ -82,8 +82,18 @@ class Compiler:
     def __init__(self, seconds: float) -> None:
         self.seconds_left = seconds
 
-    def __call__(self, function: Callable[..., Any], wrap: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
-        """``wrap(compiled function)``, called once on the inputs, so that it is compiled, backward too."""
+    def contender(self, name: str, function: Callable[..., Any], wrap: Callable[..., Any]) -> Contender:
+        """``wrap(compiled function)``, compiled by its first call, backward too."""
+        compiled: list[Callable[..., Any]] = []
+
+        def call(*inputs: Tensor) -> Any:
+            if not compiled:
+                compiled.append(self._compiled(function, wrap, inputs))
+            return compiled[0](*inputs)
+
+        return Contender(name, call)
+
+    def _compiled(self, function: Callable[..., Any], wrap: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
         if self.seconds_left <= 0:
             raise TimeoutError("the time for compiling is spent")
         start = time.perf_counter()
@@ -96,19 +106,21 @@ class Compiler:
         return compiled
 
 
-def attends(epsilon: float, num_iters: int) -> tuple[list[Contender], dict[str, str]]:
+def attends(epsilon: float, num_iters: int, grad: str | None) -> tuple[list[Contender], dict[str, str]]:
     """Contenders that take tokens x [B, N, D], y [B, M, D] and return both attended; and why others are absent."""
     present = [
         Contender("log domain, eager", log_domain_attend(epsilon, num_iters)),
         Contender("specification, float32", lambda x, y: specified_attend(x, y, epsilon, num_iters=num_iters)[:2]),
         Contender("cross-attention (sdpa), no transport", cross_attention, answers=False),
     ]
-    absent = {}
+    name = "POT ot.batch sinkhorn"
+    if grad is not None:
+        return present, {name: "timed without a backward only: by default its plan is a constant"}
     try:
-        present.append(Contender("POT ot.batch sinkhorn", _around(_pot_on_device(epsilon, num_iters)), replayed=False))
+        present.append(Contender(name, _around(_pot_on_device(epsilon, num_iters)), replayed=False))
     except ImportError as missing:
-        absent["POT ot.batch sinkhorn"] = str(missing)
-    return present, absent
+        return present, {name: str(missing)}
+    return present, {}
 
 
 def loops(B: int, epsilon: float, num_iters: int) -> tuple[list[Contender], dict[str, str]]:
@@ -202,67 +214,3 @@ def _flash(epsilon: float, num_iters: int) -> Callable[[Tensor, Tensor], Attende
         return _around(plan)(x, y)
 
     return attend
-
-
-def fusions(epsilon: float, num_iters: int, compiled: bool) -> tuple[dict[str, Attend], dict[str, str]]:
-    """Other ways to the attended tokens: (name -> x, y -> both outputs, name -> why it is absent).
-
-    ``compiled`` adds the forms under torch.compile, which take tens of seconds to compile.
-    """
-
-    def specified(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return log_domain_attend(x, y, lambda *problem: specification(*problem, epsilon, num_iters).plan)
-
-    def lean(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return log_domain_attend(x, y, lambda *problem: lean_log_domain(*problem, epsilon, num_iters))
-
-    present: dict[str, Attend] = {LOG_DOMAIN: specified, LEAN_LOG_DOMAIN: lean}
-    absent = {"flash-sinkhorn": _flash_sinkhorn()}
-    if compiled:
-        present |= {f"{name}, torch.compile": torch.compile(present[name]) for name in (LOG_DOMAIN, LEAN_LOG_DOMAIN)}
-    else:
-        absent["torch.compile"] = "compiled for one case only: it takes long"
-    return present, absent
-
-
-def log_domain_attend(x: Tensor, y: Tensor, solve: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine similarity, ``solve`` and both attends for all items at once, in float32."""
-    wide_x, wide_y = x.float(), y.float()
-    similarity = attention.similarity(wide_x, wide_y, "cosine")  # [B, N, M]
-    B, N, M = similarity.shape
-    p = Marginals(similarity.new_full((B, N), 1 / N), similarity.new_full((B, M), 1 / M), masked=False)
-    plan = solve(similarity, p.a, p.b)
-    out = attention.attend(wide_x, wide_y, wide_x, wide_y, plan, p, "plan")
-    return out[0].to(x.dtype), out[1].to(y.dtype)
-
-
-def lean_log_domain(similarity: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int) -> Tensor:
-    """The specification without what this package adds to a round: marginal error, stopping, padding."""
-    log_kernel, log_a, log_b = similarity / epsilon, a.log(), b.log()
-    log_v = torch.zeros_like(b)
-    for _ in range(num_iters):
-        log_u = log_a - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
-        log_v = log_b - torch.logsumexp(log_kernel + log_u[:, :, None], 1)
-    return torch.exp(log_kernel + log_u[:, :, None] + log_v[:, None, :])
-
-
-def cross_attention(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Ordinary attention both ways on the same tokens, heads of 64 features, no projections: a price, not a peer."""
-
-    def heads(tokens: Tensor) -> Tensor:
-        B, N, D = tokens.shape
-        return tokens.view(B, N, -1, 64 if D % 64 == 0 else D).transpose(1, 2)
-
-    def one_way(query: Tensor, other: Tensor) -> Tensor:
-        keys = heads(other)
-        out = torch.nn.functional.scaled_dot_product_attention(heads(query), keys, keys)
-        return query + out.transpose(1, 2).reshape(query.shape)
-
-    return one_way(x, y), one_way(y, x)
-
-
-def _flash_sinkhorn() -> str:
-    """Why flash-sinkhorn is not timed; it is looked for, not imported."""
-    if any(importlib.util.find_spec(name) for name in ("flash_sinkhorn", "ot_triton")):
-        return "installed, but gives a loss or potentials, no attended tokens to verify: not timed"
-    return "not installed"

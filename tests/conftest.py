@@ -8,9 +8,6 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before Triton or otfuse is imported: they look at it then
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from otfuse.backends import BACKENDS
 from otfuse.backends.base import is_installed
 from otfuse.backends.triton import INTERPRETED
@@ -32,11 +29,6 @@ def pytest_configure() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)  # small parallel operations wait on each other for milliseconds
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session", params=BACKEND_NAMES)

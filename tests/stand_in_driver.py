@@ -75,10 +75,22 @@ def microseconds(call: Callable[[], Any], turns: int = 2000) -> float:
     return 1e6 * statistics.median(times[turns // 2 :])
 
 
-def compiled() -> int:
+def variants() -> list[Any]:
     from otfuse.kernels.triton.attend import _attend_fwd_kernel
 
-    return sum(len(caches[0]) for caches in _attend_fwd_kernel.device_caches.values())
+    return [kernel for caches in _attend_fwd_kernel.device_caches.values() for kernel in caches[0].values()]
+
+
+def compiled() -> int:
+    return len(variants())
+
+
+def type_of_item() -> str:
+    """What the number of an item is made before anything is done with it."""
+    lines = variants()[0].asm["ttir"].splitlines()
+    (number,) = (line.split("=")[0].strip() for line in lines if "tt.get_program_id x" in line)
+    uses = [line for line in lines if f"{number} " in line and "get_program_id" not in line]
+    return "i64" if uses and all("arith.extsi" in line and "to i64" in line for line in uses) else "\n".join(uses)
 
 
 def main() -> None:
@@ -91,6 +103,7 @@ def main() -> None:
     report["same tile"] = compiled()
     attend(N=65)
     report["next tile"] = compiled()
+    report["item"] = type_of_item()
     report["names"] = [name for name, _, _ in launches]
     report["streams"] = sorted({place[3] for _, place, _ in launches})
     _, (*report["grid"], _), report["numbers"] = launches[-1]

@@ -21,9 +21,14 @@ from otfuse.backends.base import is_installed
 from otfuse.backends.triton import INTERPRETED
 
 KINDS = list(itertools.product(loss.ASSIGNMENTS, loss.CONTRASTS))
+SOME_KINDS = [KINDS[0], KINDS[3], KINDS[4]]  # every assignment and either contrast
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MATRICES = ("plan", "similarity")
-TEMPERATURES = {"plan": 0.003, "log_plan": 3.0, "barycentric": 0.05}  # logits of order ten, for a softmax worth its name
+TEMPERATURES = {
+    "plan": 0.003,
+    "log_plan": 3.0,
+    "barycentric": 0.05,
+}  # logits of order ten, for a softmax worth its name
 
 
 @pytest.fixture(autouse=True)
@@ -78,32 +83,25 @@ def largest_logit(values: dict, assignment: str, temperature: float) -> float:
     if values["a"] is not None:
         live = (values["a"] != 0)[:, :, None] & values["b"][:, None, :]
     plan, similarity = (torch.where(live, values[name], 0) for name in MATRICES)
-    sides = (plan, similarity), (plan.mT, similarity.mT)
-    return max(float((loss._assigned(p, assignment) @ s.mT).abs().max()) / temperature for p, s in sides)
+    sides = (plan, similarity, live), (plan.mT, similarity.mT, live.mT)
+    largest = ((torch.where(keep, loss._assigned(p, assignment), 0) @ s.mT).abs().max() for p, s, keep in sides)
+    return max(largest).item() / temperature
 
 
 def assert_kernel_accurate(values: dict, dtype: torch.dtype, kind: tuple[str, str], **options) -> None:
-    """The rule, where one rounding is that of a logit, which changes a softmax by as much as the logit is large.
-
-    float64 is held against the error of plain PyTorch in float32, as problems.assert_accurate explains.
-    """
+    """float64 is held against the error of plain PyTorch in float32, as problems.assert_accurate explains."""
     options = {"temperature": TEMPERATURES[kind[0]]} | options
     low = torch.float32 if dtype == torch.float64 else dtype
     actual = compute(cast(values, dtype), True, kind, **options)
     reference = compute(cast(values, low), False, kind, **options)
     exact = compute(cast(cast(values, low), torch.float64), False, kind, **options)
     truth = compute(values, False, kind, **options) if dtype == torch.float64 else exact
-    assert actual[0].dtype == (dtype if dtype == torch.float64 else torch.float32)
-    logit = 1 + largest_logit(values, kind[0], options["temperature"])
-    for results in zip(actual, reference, exact, truth, ("loss", "gradient of plan", "gradient of similarity")):
-        *results, name = results
-        size = results[2].abs().max().item()
-        if name == "gradient of plan" and kind[0] == "barycentric":
-            # A difference: what the division by the sum takes back again, all of it if there is one token.
-            size = max(size, 1.0)
-        # In half precision the logits are not what is rounded.
-        scale = size * logit if dtype in (torch.float32, torch.float64) else size
-        assert results[0].dtype == (dtype if "gradient" in name else actual[0].dtype)
+    assert [result.dtype for result in actual] == [dtype if dtype == torch.float64 else torch.float32, dtype, dtype]
+    for name, *results in zip(("loss", *MATRICES), actual, reference, exact, truth):
+        scale = None
+        if kind[0] == "barycentric" and 1 in values["plan"].shape[1:]:
+            # The division by a sum takes back all that it gives: numbers of the order of a logit.
+            scale = largest_logit(values, kind[0], options["temperature"])
         assert_accurate(*results, scale=scale, what=f"{name} {kind}")
 
 
@@ -132,7 +130,7 @@ def test_reductions_and_temperatures(device, kind, reduction, temperature):
     assert_kernel_accurate(values, torch.float32, kind, reduction=reduction, temperature=temperature)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_item_without_mass_costs_nothing(device, kind):
     values = problem(device, 4, 6, 5)
     values["a"][[1, 3]], values["b"][[2, 3]] = 0, False
@@ -172,7 +170,7 @@ def test_zeros_in_the_plan(device, kind):
         torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_item_alone_in_a_batch_and_at_another_place(device, kind):
     values = cast(problem(device, 3, 34, 7), torch.float32)
     whole = item_terms(values, kind)
@@ -183,7 +181,7 @@ def test_item_alone_in_a_batch_and_at_another_place(device, kind):
 
 @pytest.mark.parametrize("where", MATRICES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", KINDS[1:4])
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_nan_and_inf_stay_in_their_item(device, kind, bad, where):
     values = cast(problem(device, 3, 6, 5), torch.float32)
     spoilt = values | {where: values[where].clone()}
@@ -192,8 +190,9 @@ def test_nan_and_inf_stay_in_their_item(device, kind, bad, where):
     clean, out = item_terms(values, kind), item_terms(spoilt, kind)
     assert_same(tuple(result[[0, 2]] for result in out), tuple(result[[0, 2]] for result in clean))
     plain = item_terms(spoilt, kind, kernel=False)
-    for actual, expected in zip(out[:3], plain):
-        assert torch.equal(torch.isfinite(actual), torch.isfinite(expected)), (actual[1],expected[1])
+    assert torch.equal(torch.isfinite(out[0]), torch.isfinite(plain[0])) and not torch.isfinite(out[0][1]).all()
+    for actual, expected in zip(out[1:3], plain[1:3]):
+        assert not (torch.isfinite(actual) & ~torch.isfinite(expected)).any() and actual.isnan().any()
 
 
 def test_memory_layout_does_not_matter(device):
@@ -214,7 +213,7 @@ def test_every_term_has_its_own_gradient(device, kind):
         torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_first_and_second_derivatives(device, kind):
     values = problem(device, 2, 3, 2)
     values["a"][0, 1] = 0
@@ -257,8 +256,7 @@ def test_transforms(device, name):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_with_fullgraph(device, dynamic):
+def test_compile_with_fullgraph(device):
     torch._dynamo.reset()
     graphs = []
 
@@ -266,11 +264,11 @@ def test_compile_with_fullgraph(device, dynamic):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    compiled = torch.compile(run, backend=count, fullgraph=True, dynamic=dynamic)
-    for B, N, M in ((2, 5, 4), (3, 7, 6)) if dynamic else ((2, 5, 4),):
+    compiled = torch.compile(run, backend=count, fullgraph=True, dynamic=True)
+    for shape in ((2, 5, 4), (3, 7, 6)):
         results = []
         for function in (run, compiled):
-            values = problem(device, B, N, M)
+            values = problem(device, *shape)
             leaves = [values[name].requires_grad_() for name in MATRICES]
             out = function(*leaves, values["a"])
             results.append((out.detach(), *torch.autograd.grad(out, leaves)))
@@ -288,11 +286,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("masked, dtype, kind", [(False, torch.float32, KINDS[0]), (True, torch.bfloat16, KINDS[5])])
-def test_opcheck(device, masked, dtype, kind):
-    values = cast(problem(device, 2, 5, 4, masked=masked), dtype)
+def test_opcheck(device):
+    values = cast(problem(device, 2, 5, 4), torch.bfloat16) | {"b": None}
     with Calls() as calls:
-        compute(values, True, kind)
+        compute(values, True, KINDS[2])
     (forward, args), (backward, backward_args) = (
         (func, tuple(v.detach() if isinstance(v, Tensor) else v for v in args))
         for func, args in calls.seen
@@ -300,9 +297,7 @@ def test_opcheck(device, masked, dtype, kind):
     )
     assert forward is torch.ops.otfuse.alignment_loss_triton.default
     assert backward is torch.ops.otfuse.alignment_loss_triton_backward.default
-    torch.library.opcheck(forward, args)
     torch.library.opcheck(forward, (args[0].clone().requires_grad_(), *args[1:]))
-    torch.library.opcheck(backward, backward_args)
     torch.library.opcheck(backward, (backward_args[0].clone().requires_grad_(), *backward_args[1:]))
 
 
@@ -357,3 +352,43 @@ def test_the_loss_asks_for_the_kernel_where_it_can_run(device, monkeypatch):
     assert names(calls)[0] == "alignment_loss_triton"
     monkeypatch.undo()
     torch.testing.assert_close(out, otfuse.ot_alignment_loss(**values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_can_be_traced(dtype):
+    """The choice of the kernel takes symbolic sizes: one graph for those of one tile."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    choose = torch.compile(lambda t: t + 1 if triton_loss.fits(t) else t - 1, backend=count, dynamic=True)
+    for N, change in ((33, 1), (40, 1), (64, 1), (1000, -1)):
+        plan = torch.zeros(2, N, 20, dtype=dtype)
+        assert (choose(plan) == change).all()
+    assert len(graphs) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_forward_and_backward_in_a_cuda_graph():
+    values = cast(problem(torch.device("cuda"), 4, 64, 20), torch.float32)
+    leaves = [values[name].requires_grad_() for name in MATRICES]
+
+    def step():
+        out = otfuse.ot_alignment_loss(*leaves, a=values["a"], b=values["b"])
+        return out.detach(), *torch.autograd.grad(out, leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[1].neg_()
+    graph.replay()
+    assert_same(captured, step())

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from problems import padded_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse.backends import triton as backend
 from otfuse.backends.triton import LaunchShape, launch_shape
+from otfuse.fused_ops import MODES
 from otfuse.testing import clustered_tokens, specified_attend
 
 CPU = torch.device("cpu")
@@ -81,6 +83,40 @@ def test_every_launch_shape_gives_the_answer(monkeypatch, device, shape, dtype, 
             assert one[0][1].isnan().all() and not one[0][[0, 2]].isnan().any()
 
 
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen += [tuple(t.shape) for t in (out if isinstance(out, tuple) else (out,)) if t.numel()]
+        return out
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
+    """Forward and backward; but for small batches of large items, whose similarity has a launch of its own."""
+    if not (backend.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    monkeypatch.setattr(backend, "launch_shape", lambda *_: LaunchShape(1, 64, first))
+    x, y = clustered_tokens(2, 13, 11, 24, device=device)
+    options = (None, None, True, False, 10.0, 5, -1.0, MODES[mode])
+    matrix = (2, 13, 11)
+    with Shapes() as shapes:
+        x_out, y_out, *_, rounds, history, state = backend.launch_attend(x, y, *options, True, False, False)
+    assert (matrix in shapes.seen) == first and (2, 13, 24) in shapes.seen
+    with Shapes() as shapes:
+        backend.launch_attend_backward(x, y, *options, rounds, history, state, x_out, y_out, None, None, None, None)
+    assert matrix not in shapes.seen and (2, 13, 24) in shapes.seen
+    with Shapes() as shapes:
+        backend.launch_attend(x, y, *options, True, True, False)
+    assert matrix in shapes.seen
+
+
 @pytest.fixture(scope="session")
 def stand_in() -> dict:
     """The launchers as they run on a GPU, on a driver that has none: bound, specialised, compiled and not run."""
@@ -104,6 +140,11 @@ def test_one_launch_on_the_current_stream_with_numbers_unrounded(stand_in):
     numbers = stand_in["numbers"]
     first = numbers.index(65)  # N, M, D, the features of a part, 1 / epsilon, rounds, no tolerance
     assert numbers[first : first + 7] == [65, 20, 768, 384, 10.0, 50, -1.0]
+
+
+def test_addresses_have_64_bits(stand_in):
+    """An item's number does before it is multiplied by anything."""
+    assert stand_in["item"] == "i64"
 
 
 def test_two_launches_for_a_small_batch_of_large_items(stand_in):

@@ -1,11 +1,14 @@
 """The alignment loss of LAVCap (Eq. 4) and its gradient: logits a tile at a time, never in memory.
 
 Either sequence of an item is a side: its tokens are told from each other by what they have to do with the tokens of
-the other sequence, the others. Their logits are ``<q_i, s_j> / temperature`` for tokens i, j of the side, where q is what
-the plan assigns them and s their similarities. They are scaled (by ``log2(e) / temperature``: ``exp2`` is what the
-hardware has) only as differences, so that the rounding of the scale is not one of large numbers. A program owns a block
-of tokens, or in the backward a tile of both gradients, and goes through the tokens of its side block by block: no two
-programs add to one number, and a result depends on its own item alone.
+the other sequence, the others. Logits are ``<q_i, s_j> / temperature`` for tokens i, j of the side, where q is what the
+plan assigns them and s their similarities. Inner products are scaled by ``1 / temperature`` (or ``log2(e)`` times that:
+``exp2`` is what the hardware has) only as differences, so that the rounding of the scale is not one of large numbers.
+
+A program owns a block of tokens, or in the backward a tile of both gradients, and goes through the tokens of a side
+block by block: no two programs add to one number, and a result depends on its own item alone. LAVCap's items of
+64 x 20 take three programs forward and two backward, and read plan and similarity from memory once (10 kB an item);
+what is read again is in cache.
 
 Letters: B batch, N tokens of ``x``, M tokens of ``y``.
 """
@@ -46,15 +49,13 @@ def count_kept(weights_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def shares(
-    a_ptr, b_ptr, N, M, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """What the cross-entropy of a token of x, of y counts in the loss; zero if either side has none."""
+def shares(a_ptr, b_ptr, N, M, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the cross-entropy of a token of x, of y counts in the loss, in float64; zero if either side has none."""
     count_x, count_y = count_kept(a_ptr, N, BLOCK_N), count_kept(b_ptr, M, BLOCK_M)
-    share_x, share_y = tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE)
+    share_x, share_y = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
     if MEAN:
-        share_x = share_x / tl.maximum(count_x, 1).to(DTYPE)
-        share_y = share_y / tl.maximum(count_y, 1).to(DTYPE)
+        share_x = share_x / tl.maximum(count_x, 1)
+        share_y = share_y / tl.maximum(count_y, 1)
     has_mass = (count_x > 0) & (count_y > 0)
     return tl.where(has_mass, share_x, 0.0), tl.where(has_mass, share_y, 0.0)
 
@@ -89,7 +90,8 @@ def divisor(sums):
 @triton.jit
 def products(
     plan_ptr, similarity_ptr, other_ptr, i, j, keep_i, keep_j, num_others, stride, other_stride,
-    ASSIGNMENT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, DTYPE: tl.constexpr,
+    ASSIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``<q_i, s_j>`` [BLOCK, BLOCK] and, where q is divided by them, the sums of the plan [BLOCK]."""
     result, sums = tl.zeros((BLOCK, BLOCK), DTYPE), tl.zeros((BLOCK,), DTYPE)
@@ -114,6 +116,7 @@ def side_terms(
 ):  # fmt: skip
     """What these tokens add to the loss, and what their softmax is shifted and divided by."""
     keep = kept(own_ptr, tokens, size)
+    scale2 = (scale * LOG2E).to(DTYPE)
     highest, shift = tl.full((BLOCK,), float("-inf"), DTYPE), tl.zeros((BLOCK,), DTYPE)
     total, target = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
     for start in range(0, size, BLOCK):
@@ -134,18 +137,18 @@ def side_terms(
         highest = tl.maximum(highest, tl.max(inner, 1))
         # An infinity (no candidate so far, or one in the data) less itself would be NaN.
         shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
-        total = total * tl.exp2((before - shift) * scale) + tl.sum(tl.exp2((inner - shift[:, None]) * scale), 1)
-    losses = ((shift - target) * scale + tl.log2(total)) * LN2
+        total = total * tl.exp2((before - shift) * scale2) + tl.sum(tl.exp2((inner - shift[:, None]) * scale2), 1)
+    losses = (shift - target) * scale + tl.log2(total) * LN2  # a few numbers, in float64
     share = tl.where(keep, share, 0.0)
     tl.store(terms_ptr + tokens, tl.where(share > 0, losses * share, 0.0), mask=tokens < size)
-    tl.store(normaliser_ptr + tokens, shift, mask=tokens < size)
-    # Apart, as their sum would be rounded to the size of the logits.
+    # An infinite loss has no gradient: NaN. Not the one sum of both, which would be rounded to the size of a logit.
+    tl.store(normaliser_ptr + tokens, shift + losses * 0.0, mask=tokens < size)
     tl.store(normaliser_ptr + (size + num_others) + tokens, total, mask=tokens < size)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _alignment_loss_fwd_kernel(
-    plan_ptr, similarity_ptr, a_ptr, b_ptr, terms_ptr, normaliser_ptr, has_mass_ptr, N, M, scale: "fp64",
+    plan_ptr, similarity_ptr, a_ptr, b_ptr, terms_ptr, normaliser_ptr, has_mass_ptr, N, M, scale: tl.float64,
     ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +163,8 @@ def _alignment_loss_fwd_kernel(
         a_ptr += item * N
     if b_ptr is not None:
         b_ptr += item * M
-    share_x, share_y = shares(a_ptr, b_ptr, N, M, MEAN, BLOCK_N, BLOCK_M, DTYPE)
-    scale = (tl.full((), scale, tl.float64) * LOG2E).to(DTYPE)
+    share_x, share_y = shares(a_ptr, b_ptr, N, M, MEAN, BLOCK_N, BLOCK_M)
+    scale = tl.full((), scale, tl.float64)
     blocks_x = tl.cdiv(N, BLOCK_N)
     if part < blocks_x:
         tokens_x = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -197,16 +200,18 @@ def product_gradients(
     share = tl.where(keep, share, 0.0)
     shift = tl.load(normaliser_ptr + tokens, mask=share > 0, other=0.0)
     total = tl.load(normaliser_ptr + (size + num_others) + tokens, mask=share > 0, other=1.0)
-    weight = tl.load(grad_ptr + tokens * grad_stride, mask=share > 0, other=0.0) * (share * scale * LN2)
-    softmax = tl.exp2((inner - tl.expand_dims(shift, along)) * scale) * tl.expand_dims(1.0 / total, along)
+    weight = (tl.load(grad_ptr + tokens * grad_stride, mask=share > 0, other=0.0) * share * scale).to(DTYPE)
+    scale2 = (scale * LOG2E).to(DTYPE)
+    softmax = tl.exp2((inner - tl.expand_dims(shift, along)) * scale2) * tl.expand_dims(1.0 / total, along)
     grad = (softmax - tl.where(i[:, None] == j[None, :], 1.0, 0.0)) * tl.expand_dims(weight, along)
     return tl.where(keep_i[:, None] & keep_j[None, :], grad, 0.0), inner, sums
 
 
 @triton.jit
 def side_gradients(
-    plan_ptr, similarity_ptr, own_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, tokens, others, size, num_others,
-    stride, other_stride, share, scale, ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, PRECISION: tl.constexpr,
+    plan_ptr, similarity_ptr, own_ptr, other_ptr, normaliser_ptr, grad_ptr, grad_stride, tokens, others,
+    size, num_others, stride, other_stride, share, scale,
+    ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """What the loss of this side adds to the gradients of plan and similarity [tokens, others]; anything at padding."""
@@ -248,7 +253,7 @@ def side_gradients(
 @triton.jit(do_not_specialize=["N", "M", "grad_stride_b", "grad_stride_n"])
 def _alignment_loss_bwd_kernel(
     plan_ptr, similarity_ptr, a_ptr, b_ptr, normaliser_ptr, grad_terms_ptr, grad_plan_ptr, grad_similarity_ptr,
-    N, M, grad_stride_b, grad_stride_n, scale: "fp64",
+    N, M, grad_stride_b, grad_stride_n, scale: tl.float64,
     ASSIGNMENT: tl.constexpr, CONTRAST: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -265,8 +270,8 @@ def _alignment_loss_bwd_kernel(
         a_ptr += item * N
     if b_ptr is not None:
         b_ptr += item * M
-    share_x, share_y = shares(a_ptr, b_ptr, N, M, MEAN, BLOCK_N, BLOCK_M, DTYPE)
-    scale = (tl.full((), scale, tl.float64) * LOG2E).to(DTYPE)
+    share_x, share_y = shares(a_ptr, b_ptr, N, M, MEAN, BLOCK_N, BLOCK_M)
+    scale = tl.full((), scale, tl.float64)
     plan_of_x, similarity_of_x = side_gradients(
         plan_ptr, similarity_ptr, a_ptr, b_ptr, normaliser_ptr, grad_terms_ptr, grad_stride_n, rows, columns, N, M,
         M, 1, share_x, scale, ASSIGNMENT, CONTRAST, PRECISION, BLOCK_N, BLOCK_M, DTYPE,

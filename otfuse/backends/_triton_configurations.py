@@ -34,7 +34,7 @@ CLASSES = {
 
 
 def size_class(kernel: str, dtype: str, BLOCK_N: int, BLOCK_M: int) -> int:
-    return next(size for size in CLASSES[kernel][dtype] if BLOCK_N * BLOCK_M <= size)
+    return next(size for size in CLASSES[kernel][dtype] if size >= BLOCK_N * BLOCK_M)
 
 
 @cache

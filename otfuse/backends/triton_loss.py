@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otfuse import ops
+from otfuse.backends._triton_launch import launch
 from otfuse.backends.base import is_installed
-from otfuse.backends.triton import INTERPRETED, LARGEST_TILE, _contiguous, _on, _precision, tile_side
+from otfuse.backends.triton import INTERPRETED, LARGEST_TILE, _blocks, _contiguous, _on, _precision, tile_side
 from otfuse.registration import register_autograd
 
 # assignment, contrast: places in otfuse.loss.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
@@ -80,11 +81,12 @@ def launch_alignment_loss(
     outputs = _new_terms(plan)
     if B == 0:
         return outputs
-    blocks = _blocks(N, M)
+    blocks = _blocks("loss", plan, *_sides(N, M))
     grid = (B, -(-N // blocks["BLOCK_N"]) - (-M // blocks["BLOCK_M"]))
+    arguments = plan, similarity, a, b, *outputs, N, M, 1 / temperature
     with _on(plan.device):
-        loss._alignment_loss_fwd_kernel[grid](
-            plan, similarity, a, b, *outputs, N, M, 1 / temperature,
+        launch(
+            loss._alignment_loss_fwd_kernel, grid, arguments,
             ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
         )  # fmt: skip
     return outputs
@@ -101,22 +103,24 @@ def launch_alignment_loss_backward(
     grad_plan, grad_similarity = plan.new_empty(plan.shape), similarity.new_empty(similarity.shape)
     if B == 0:
         return grad_plan, grad_similarity
-    blocks = _blocks(N, M)
+    blocks = _blocks("loss_backward", plan, *_sides(N, M))
     grid = (B, -(-N // blocks["BLOCK_N"]), -(-M // blocks["BLOCK_M"]))
+    arguments = (
+        # A sum sends back one number, expanded: strides read it without a copy.
+        plan, similarity, a, b, normaliser, grad_terms, grad_plan, grad_similarity, N, M, *grad_terms.stride(),
+        1 / temperature,
+    )  # fmt: skip
     with _on(plan.device):
-        loss._alignment_loss_bwd_kernel[grid](
-            # A sum sends back one number, expanded: strides read it without a copy.
-            plan, similarity, a, b, normaliser, grad_terms, grad_plan, grad_similarity, N, M, *grad_terms.stride(),
-            1 / temperature, ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
+        launch(
+            loss._alignment_loss_bwd_kernel, grid, arguments,
+            ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
         )  # fmt: skip
     return grad_plan, grad_similarity
 
 
-def _blocks(N: int, M: int) -> dict[str, int]:
-    """Block sizes, warps and stages. A product in float32 keeps its operands in registers: larger blocks would spill."""
-    BLOCK_N, BLOCK_M = min(tile_side(N), 32), min(tile_side(M), 32)
-    small = BLOCK_N * BLOCK_M == 256
-    return {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "num_warps": 4 if small else 8, "num_stages": 1}
+def _sides(N: int, M: int) -> tuple[int, int]:
+    """BLOCK_N and BLOCK_M: a product in float32 keeps its operands in registers, and those of larger blocks spill."""
+    return min(tile_side(N), 32), min(tile_side(M), 32)
 
 
 for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):

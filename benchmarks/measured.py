@@ -1,0 +1,94 @@
+"""What is measured of ``sinkhorn_attend``: a case in a dtype, with or without a backward; its inputs and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Case
+from peers import with_gradient
+from torch import Tensor
+
+import otfuse
+from otfuse.testing import clustered_tokens, specified_attend
+
+
+@dataclass(frozen=True)
+class Measured:
+    case: Case
+    dtype: torch.dtype
+    grad: str | None = None  # None: the forward alone
+    tol: float | None = None
+
+    def __str__(self) -> str:
+        stop = "" if self.tol is None else f" tol {self.tol:g}"
+        return f"{self.case} {self.dtype_name} {self.grad or 'forward'}{stop}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def traffic(self) -> int:
+        return self.case.attend_traffic(self.dtype.itemsize, self.grad)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row is found by."""
+        case = self.case
+        return {"size": case.name, "B": case.B, "dtype": self.dtype_name, "grad": self.grad, "tol": self.tol}
+
+
+def tokens(measured: Measured, device: torch.device) -> tuple[Tensor, ...]:
+    """x, y, and for a backward the gradients sent to both outputs."""
+    case = measured.case
+    x, y = clustered_tokens(case.B, case.N, case.M, case.D, dtype=measured.dtype, device=device)
+    if measured.grad is None:
+        return x, y
+    generator = torch.Generator(device).manual_seed(1)
+    return x, y, *(torch.randn(t.shape, generator=generator, device=device).to(t.dtype) for t in (x, y))
+
+
+def ours(measured: Measured, backend: str, **changes: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    case = measured.case
+    options = {"num_iters": case.T, "tol": measured.tol, "grad": measured.grad or "unroll"} | changes
+
+    def attend(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = otfuse.sinkhorn_attend(x, y, case.epsilon, **options, backend=backend)
+        return out.x, out.y
+
+    return attend
+
+
+def answer(measured: Measured, inputs: tuple[Tensor, ...]) -> tuple[Sequence[Tensor], float]:
+    """What is right, in float64, and how far off an answer may be: twice the error in plain PyTorch and a rounding.
+
+    An item within rounding of ``tol`` may stop a round sooner or later, which moves its map by ``tol`` at most. The
+    specification has the unrolled gradient; for the others, the torch backend's stand in.
+    """
+    case = measured.case
+
+    def specified(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return specified_attend(x, y, case.epsilon, num_iters=case.T, tol=measured.tol)[:2]
+
+    call = specified if measured.grad in (None, "unroll") else ours(measured, "torch")
+    if measured.grad is not None:
+        call = with_gradient(call)
+    exact = call(*(tensor.double() for tensor in inputs))
+    rounding = torch.finfo(measured.dtype).eps
+    return exact, 2 * difference(call(*inputs), exact) + rounding + (measured.tol or 0)
+
+
+def difference(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest of all results, each over its largest entry; NaN where there is one."""
+    return float(torch.stack([(r - e).abs().max() / e.abs().max() for r, e in zip(results, exact)]).max())
+
+
+def mean_rounds(measured: Measured, inputs: tuple[Tensor, ...]) -> float:
+    case = measured.case
+    if measured.tol is None:
+        return case.T
+    out = otfuse.sinkhorn_attend(*inputs, case.epsilon, num_iters=case.T, tol=measured.tol, backend="triton")
+    return float(out.num_iters.float().mean())

@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one go.
+set -u
+
+usage() {
+  cat <<'TEXT'
+benchmarks/run_gpu.sh OUT [--quick] [--dry-run] [--minutes N] [--commit ID]
+
+Runs on this machine's GPU and leaves in the folder OUT:
+  log.txt            the machine, then every step's output
+  steps.tsv          name, exit code and seconds of every step
+  <date>-<gpu>.json  benchmarks with peers: rows and conditions (tables.md: the same as tables)
+  profile.json       launches, host time, cost of rounds and tokens, what ncu and nsys say
+  time.svg, bandwidth.svg
+  summary.txt        one screen of it, also printed at the end
+
+Steps: full tests, compute-sanitizer's memcheck and racecheck, benchmarks, profile, report. A step that fails or runs
+out of time does not stop the others. The exit code is the number of steps that failed.
+
+  --quick      tests of the Triton backend alone, no racecheck, main sizes
+  --dry-run    without a GPU: every step on tiny shapes in Triton's interpreter, to try the script itself
+  --minutes N  for all of it (default 10; the last step starts early enough)
+  --commit ID  what to put down as the commit, where the tree is no git checkout
+
+The Python is $PYTHON, or python3. It needs torch, triton, pytest, pytest-benchmark, hypothesis, numpy, scipy and
+matplotlib; otfuse itself need not be installed. POT, flash-sinkhorn and pytest-xdist are used where they are there.
+TEXT
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$(command -v "${PYTHON:-python3}")
+[ -z "$python" ] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+out="" quick="" dry="" minutes=10 commit=$(git -C "$root" describe --always --dirty=+changes 2>/dev/null)
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --quick) quick=1 ;;
+    --dry-run) dry=1 ;;
+    --minutes) minutes=$2; shift ;;
+    --commit) commit=$2; shift ;;
+    -*) echo "unknown option $1; see --help" >&2; exit 64 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+[ -n "$out" ] || { usage >&2; exit 64; }
+[ -n "$python" ] || { echo "no ${PYTHON:-python3} here" >&2; exit 64; }
+has_gpu=$(cd / && "$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+if [ -z "$dry" ] && [ "$has_gpu" != 1 ]; then
+  echo "torch finds no CUDA device here; --dry-run tries this script in Triton's interpreter" >&2
+  exit 2
+fi
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+log=$out/log.txt steps=$out/steps.tsv work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+: >"$log"
+: >"$steps"
+deadline=$((SECONDS + minutes * 60 - 10))
+export MPLBACKEND=Agg PYTHONUNBUFFERED=1
+if [ -n "$dry" ]; then export TRITON_INTERPRET=1; else unset TRITON_INTERPRET; fi
+
+left() { echo $((deadline - SECONDS)); }
+
+# step NAME SECONDS COMMAND...: with its output in the log, no longer than SECONDS, nor than what is left. Interrupted
+# rather than killed at first: pytest then says how far it got.
+step() {
+  local name=$1 limit=$2 start=$SECONDS code
+  shift 2
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  printf '\n=== %s (at most %s s): %s\n' "$name" "$limit" "$*" >>"$log"
+  if [ "$limit" -lt 5 ]; then
+    code=124
+    echo "no time left" >>"$log"
+  else
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$log" 2>&1 </dev/null
+    code=$?
+  fi
+  printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) | tee -a "$steps"
+  return $code
+}
+
+# Nothing below may depend on where it is imported from: tests start other processes in other folders.
+resolves() {
+  (cd "$work" && "$1" -c "import pathlib, sys, otfuse, otfuse.kernels.triton
+sys.exit(pathlib.Path(otfuse.__file__).resolve().parents[1] != pathlib.Path(sys.argv[1]).resolve())" "$root") >>"$log" 2>&1
+}
+
+# An environment of its own on top of this Python's packages, which stay as they are.
+install() {
+  "$python" -m venv --without-pip "$work/venv" || return
+  local packages
+  packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  (cd "$work" && "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")') \
+    >"$packages/those_of_the_outer_python.pth"
+  "$python" -m pip --python "$work/venv/bin/python" install --quiet --no-deps --no-build-isolation --no-index \
+    --disable-pip-version-check -e "$root"
+}
+
+# The checkout again, as links, with the device code where setup.py would put it.
+mirror() {
+  mkdir "$work/mirror" && cp -rs "$root"/* "$work/mirror/" &&
+    cp -rs "$root/kernels/triton" "$root/kernels/tpc" "$work/mirror/otfuse/kernels/"
+}
+
+make_importable() {
+  here=$root
+  resolves "$python" && return
+  if install >>"$log" 2>&1 && resolves "$work/venv/bin/python"; then
+    python=$work/venv/bin/python
+    return
+  fi
+  echo "no install: a mirror of links instead" >>"$log"
+  mirror >>"$log" 2>&1
+  here=$work/mirror
+  export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+}
+
+found() {
+  command -v "$1" || ls -d /usr/local/cuda*/bin/"$1" /opt/nvidia/*/"$1" 2>/dev/null | tail -n 1
+}
+
+facts() {
+  date -u
+  uname -sr
+  nproc
+  nvidia-smi 2>&1
+  "$python" -m otfuse info
+  echo "commit ${commit:-unknown}"
+}
+
+run_tests() {
+  local where=(tests) workers=()
+  [ -z "$quick" ] || where=(tests -k triton)
+  [ -z "$dry" ] || where=(tests/test_select.py)
+  # Most of the time goes into compiling kernels, which several processes do at once.
+  [ -n "$dry" ] || ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n 6)
+  step tests 220 "$python" -m pytest "${where[@]}" --device "$device" -q --durations=10 "${workers[@]}"
+}
+
+# sanitize TOOL SECONDS
+sanitize() {
+  local sanitizer
+  sanitizer=$(found compute-sanitizer)
+  if [ -n "$dry" ]; then
+    step "$1" "$2" "$python" benchmarks/sanitize.py --device cpu
+  elif [ -z "$sanitizer" ]; then
+    echo "compute-sanitizer is not here: $1 did not run" | tee -a "$log" "$out/missing"
+  else
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" "$sanitizer" --tool "$1" --target-processes application-only \
+      --print-limit 20 --error-exitcode 99 "$python" benchmarks/sanitize.py
+  fi
+}
+
+run_benchmarks() {
+  local which=(benchmarks/test_attend_gpu.py --seconds 0.4 --compile-seconds 100)
+  [ -z "$quick" ] || which+=(-k "lavcap-64x64 or lavcap-1024")
+  [ -z "$dry" ] || which=(benchmarks/test_attend_gpu.py --dry-run --seconds 0 --compile-seconds 0)
+  step benchmarks $(($(left) - 75)) "$python" -m pytest "${which[@]}" --device "$device" --benchmark-enable \
+    --out "$out" --commit "${commit:-unknown}" -q --durations=10
+}
+
+run_profile() {
+  step profile $(($(left) - 15)) "$python" benchmarks/profile_gpu.py --out "$out" --device "$device" ${quick:+--quick}
+}
+
+report() {
+  local results
+  results=$(ls "$out"/*-*.json 2>/dev/null | tail -n 1)
+  [ -n "$results" ] || { echo "no benchmark rows"; return 1; }
+  "$python" benchmarks/report.py "$results" >"$out/tables.md"
+  "$python" benchmarks/report.py "$results" --summary --plots "$out"
+}
+
+# The last lines of a step's output.
+tail_of() {
+  awk -v name="=== $1 (" 'index($0, "=== ") == 1 { inside = index($0, name) == 1; next } inside && NF' "$log" |
+    cut -c1-150 | tail -n "$2"
+}
+
+summarise() {
+  tail_of report 34
+  echo
+  tail_of profile 400 | grep -F ': host ' | head -n 6
+  echo
+  cat "$out/missing" 2>/dev/null
+  grep -E '^(FAILED|ERROR) ' "$log" | cut -c1-150 | head -n 8
+  while IFS=$'\t' read -r name code seconds; do
+    [ "$name" = report ] || printf '%-11s exit %-3s %4s s  %s\n' "$name" "$code" "$seconds" "$(tail_of "$name" 1)"
+  done <"$steps"
+}
+
+make_importable
+cd "$here" || exit 1
+device=cuda
+[ -z "$dry" ] || device=cpu
+rm -f "$out/missing"
+facts >>"$log" 2>&1
+run_tests
+sanitize memcheck 50
+[ -n "$quick" ] || sanitize racecheck 50
+run_benchmarks
+run_profile
+deadline=$((deadline + 5))
+export -f report
+export out python
+step report 20 bash -c report >/dev/null
+summarise >"$out/summary.txt" 2>&1
+rm -f "$out/missing"
+cat "$out/summary.txt"
+exit "$(awk -F'\t' '$2 != 0' "$steps" | wc -l)"

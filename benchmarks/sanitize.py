@@ -1,0 +1,98 @@
+"""Forward and backward of odd shapes and every dtype, checked: for compute-sanitizer to watch, or to run alone.
+
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/sanitize.py``. Without the caching allocator a
+tensor's end is the end of an allocation, so that a step beyond it is seen. What is right is computed on the CPU:
+little but our kernels runs on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import otfuse
+from otfuse.testing import clustered_tokens
+
+ROUNDS = 3
+Shape = tuple[Any, ...]
+# B, N, M, D, dtype, gradient mode, similarity, weights, padding, epsilon: each way through the kernels once or more.
+# Sizes lie beside those of the tiles; the last epsilon is solved in logarithms.
+SHAPES = (
+    (2, 9, 5, 24, torch.float32, "unroll", "cosine", "plan", False, 0.1),
+    (1, 1, 1, 1, torch.float32, "unroll", "dot", "plan", False, 0.1),
+    (3, 17, 33, 70, torch.bfloat16, "implicit", "cosine", "barycentric", True, 0.1),
+    (2, 64, 20, 129, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
+    (2, 31, 16, 65, torch.float16, "detach", "dot", "barycentric", False, 8.0),
+    (1, 127, 100, 33, torch.float32, "unroll", "cosine", "plan", False, 0.005),
+    (1, 30, 40, 48, torch.float64, "unroll", "cosine", "barycentric", True, 0.1),
+)
+
+
+def check(device: torch.device, shape: Shape) -> None:
+    """Tokens, gradients of tokens, and the same for a cost."""
+    B, N, M, D, dtype, *_ = shape
+    x, y = clustered_tokens(B, N, M, D, dtype=dtype)
+    cost = 1 - otfuse.similarity_matrix(x, y)
+    for function, inputs in ((attend, (x, y)), (solve, (cost,))):
+        wide = tuple(tensor.double() for tensor in inputs)
+        exact, plain = run(function, shape, wide, "torch"), run(function, shape, inputs, "torch")
+        ours = run(function, shape, tuple(tensor.to(device) for tensor in inputs), "triton")
+        for actual, reference, right in zip(ours, plain, exact):
+            # For float64 there is nothing more exact to compare with: some roundings for itself.
+            rounding = torch.finfo(dtype).eps * (100 if dtype == torch.float64 else 1)
+            error, allowed = off(actual, right), 2 * off(reference, right) + rounding
+            assert error <= allowed, f"{function.__name__} {shape} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def attend(shape: Shape, x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, ...]:
+    *_, grad, similarity, weights, padded, epsilon = shape
+    return otfuse.sinkhorn_attend(
+        x, y, epsilon, a=mask(x) if padded else None, similarity=similarity, num_iters=ROUNDS, weights=weights,
+        grad=grad, backend=backend,
+    )[:2]  # fmt: skip
+
+
+def solve(shape: Shape, cost: Tensor, backend: str) -> tuple[Tensor, ...]:
+    *_, grad, _, _, padded, epsilon = shape
+    a = mask(cost) if padded else None
+    return otfuse.sinkhorn(cost, epsilon, a, num_iters=ROUNDS, grad=grad, backend=backend)[:1]
+
+
+def mask(values: Tensor) -> Tensor:
+    """An item's first row is padding, the next one's first two, and so on."""
+    B, N, _ = values.shape
+    return torch.arange(N, device=values.device) > torch.arange(B, device=values.device)[:, None]
+
+
+def run(function: Any, shape: Shape, inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
+    """Outputs and gradients, brought to the CPU."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    outputs = function(shape, *leaves, backend)
+    results = [out.detach().cpu() for out in outputs]
+    if outputs[0].requires_grad:  # not of a solve whose plan is a constant
+        generator = torch.Generator().manual_seed(1)
+        sent = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+        results += [grad.cpu() for grad in torch.autograd.grad(outputs, leaves, sent)]
+    return results
+
+
+def off(actual: Tensor, exact: Tensor) -> float:
+    """The largest difference over the largest entry, or over a thousandth where all are small. NaN stays NaN."""
+    return float((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu: the interpreter, and two shapes")
+    device = torch.device(parser.parse_args().device)
+    shapes = SHAPES if device.type == "cuda" else SHAPES[:2]
+    for shape in shapes:
+        check(device, shape)
+    print(f"{len(shapes)} shapes, forward and backward: right")
+
+
+if __name__ == "__main__":
+    main()
