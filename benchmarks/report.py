@@ -78,11 +78,9 @@ def limits(rows: list[Row]) -> list[str]:
     """What was set for an H200, graph replay, bfloat16, clustered tokens and 50 rounds."""
 
     def found(key: str, contender: str, B: int, grad: str | None = None) -> float | None:
-        for row in rows:
-            if (row["size"], row["B"], row["dtype"], row["grad"], row["tol"]) == ("lavcap", B, "bfloat16", grad, None):
-                if row["contender"] == contender:
-                    return row[key]
-        return None
+        wanted = ("lavcap", B, "bfloat16", grad, None, contender)
+        keys = ("size", "B", "dtype", "grad", "tol", "contender")
+        return next((row[key] for row in rows if tuple(row[k] for k in keys) == wanted), None)
 
     forward_share = found("times_ours", FORWARD_ALONE, 64, "unroll")
     time = found("median_ms", OURS, 64)

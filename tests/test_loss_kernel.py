@@ -97,11 +97,12 @@ def assert_kernel_accurate(values: dict, dtype: torch.dtype, kind: tuple[str, st
     exact = compute(cast(cast(values, low), torch.float64), False, kind, **options)
     truth = compute(values, False, kind, **options) if dtype == torch.float64 else exact
     assert [result.dtype for result in actual] == [dtype if dtype == torch.float64 else torch.float32, dtype, dtype]
+    logit = largest_logit(values, kind[0], options["temperature"])
     for name, *results in zip(("loss", *MATRICES), actual, reference, exact, truth):
-        scale = None
-        if kind[0] == "barycentric" and 1 in values["plan"].shape[1:]:
-            # The division by a sum takes back all that it gives: numbers of the order of a logit.
-            scale = largest_logit(values, kind[0], options["temperature"])
+        scale = results[2].abs().max().item()
+        # Differences of logits, and of what a division by a sum gives and takes back: all of it for a single token.
+        if name == "loss" or (kind[0] == "barycentric" and 1 in values["plan"].shape[1:]):
+            scale = max(scale, logit)
         assert_accurate(*results, scale=scale, what=f"{name} {kind}")
 
 
