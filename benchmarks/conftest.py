@@ -63,15 +63,19 @@ RESULTS: pytest.StashKey[Results] = pytest.StashKey()
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+def on_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("this case is for --device cpu")
+
+
+@pytest.fixture
+def compare(on_cpu: None, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``compare(case, contenders, error, ...)``: check every contender's answer, then time them in turn.
 
     The first contender is ours: pytest-benchmark times it, and each of the others is timed once before every
     one of its rounds, so that all see the same state of the machine. A turn is several calls, some milliseconds
     in all: of a single call after another's one would time the cold caches.
     """
-    if device.type != "cpu":
-        pytest.skip("this case is for --device cpu")
 
     def run(
         case: str, contenders: dict[str, Callable[[], Any]], error: Callable[[Any], float], allowed: float, **facts: Any

@@ -59,7 +59,7 @@ def summary(result: dict[str, Any]) -> str:
     """A line for each case in bfloat16, forward or unrolled; the limits; who was absent. The rest is in the tables."""
     cases: dict[str, list[Row]] = {}
     for row in result["rows"]:
-        if row["dtype"] == "bfloat16" and row["grad"] in (None, "unroll"):
+        if row.get("dtype") == "bfloat16" and row["grad"] in (None, "unroll"):
             cases.setdefault(row["case"], []).append(row)
     absent = {f"absent: {name}: {why}" for row in result["rows"] for name, why in row["absent"].items()}
     copies = [row["copy_gb_per_s"] for row in result["rows"] if row["copy_gb_per_s"]]

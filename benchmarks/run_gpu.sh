@@ -69,7 +69,7 @@ step() {
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
   [ "$limit" -le "$(left)" ] || limit=$(left)
-  printf '\n=== %s (at most %s s): %s\n' "$name" "$limit" "$*" >>"$log"
+  printf '\n##### %s (at most %s s): %s\n' "$name" "$limit" "$*" >>"$log"
   if [ "$limit" -lt 5 ]; then
     code=124
     echo "no time left" >>"$log"
@@ -155,7 +155,7 @@ sanitize() {
 }
 
 run_benchmarks() {
-  local which=(benchmarks/test_attend_gpu.py --seconds 0.4 --compile-seconds 100)
+  local which=(benchmarks/test_attend_gpu.py --seconds 0.4 --compile-seconds 40)
   [ -z "$quick" ] || which+=(-k "lavcap-64x64 or lavcap-1024")
   [ -z "$dry" ] || which=(benchmarks/test_attend_gpu.py --dry-run -k "bfloat16 or unroll" --seconds 0 --compile-seconds 0)
   step benchmarks $(($(left) - 75)) "$python" -m pytest "${which[@]}" --device "$device" --benchmark-enable \
@@ -176,7 +176,7 @@ report() {
 
 # The last lines of a step's output.
 tail_of() {
-  awk -v name="=== $1 (" 'index($0, "=== ") == 1 { inside = index($0, name) == 1; next } inside && NF' "$log" |
+  awk -v name="##### $1 (" 'index($0, "##### ") == 1 { inside = index($0, name) == 1; next } inside && NF' "$log" |
     cut -c1-150 | tail -n "$2"
 }
 

@@ -1,0 +1,163 @@
+"""What runs on a GPU only is tried without one: the script in Triton's interpreter, the clockwork on a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+CALL = 12e-6  # seconds that the stand-in takes for a call
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the script is for bash")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here the script itself runs these tests")
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    # Run among parallel workers, the pytest in there would take itself for one.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = inherited | {"PYTHON": sys.executable}
+    return subprocess.run(["bash", SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+@needs_bash
+@without_gpu
+def test_the_script_says_what_is_missing(tmp_path):
+    done = run_script(tmp_path / "out")
+    assert done.returncode == 2 and "no CUDA device" in done.stderr and "--dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run_script().returncode == run_script(tmp_path, "--fast").returncode == 64
+    assert "compute-sanitizer" in run_script("--help").stdout
+
+
+@needs_bash
+@without_gpu
+def test_every_step_runs_tiny(tmp_path):
+    done = run_script(tmp_path, "--dry-run", "--commit", "abc123")
+    log = (tmp_path / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + log
+    steps = [line.split("\t")[:2] for line in (tmp_path / "steps.tsv").read_text().splitlines()]
+    assert steps == [[name, "0"] for name in ("tests", "memcheck", "racecheck", "benchmarks", "profile", "report")]
+    result = json.loads((tmp_path / "dry-run.json").read_text())
+    assert result["conditions"]["commit"] == "abc123"
+    ours = [row for row in result["rows"] if row["contender"] == "otfuse triton"]
+    assert {row["grad"] for row in ours} == {None, "unroll"}
+    assert all(row["error"] is not None and row["traffic_mb"] > 0 and row["gflop"] > 0 for row in ours)
+    assert [size["grad"] for size in json.loads((tmp_path / "profile.json").read_text())["sizes"]] == [None, "unroll"]
+    assert "<svg" in (tmp_path / "time.svg").read_text()
+    summary = (tmp_path / "summary.txt").read_text()
+    assert summary in done.stdout and len(summary.splitlines()) <= 60
+    assert all(name in summary for name, _ in steps[:-1])
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+class StandIn:
+    """Streams, events and graphs of a device that takes CALL seconds for a call and nothing else."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.capturing, self.seen = 0.0, None, []
+        stand_in = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = stand_in.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                for name in self.calls:
+                    stand_in.run(name)
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        names = {"Event": Event, "CUDAGraph": Graph, "Stream": Stream, "graph": self.capture, "current_stream": Stream}
+        names |= {"stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda: None}
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        graph.calls = self.capturing = []
+        yield
+        self.capturing = None
+
+    def run(self, name):
+        self.now += CALL
+        self.seen.append(name)
+
+    def call(self, tensor):
+        """What a contender does: launched at once, or into the graph that is being captured."""
+        self.run(int(tensor)) if self.capturing is None else self.capturing.append(int(tensor))
+        return (tensor,)
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import timing
+
+    return timing
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_a_turn_takes_every_copy_alike(timing, monkeypatch, replayed):
+    device = StandIn(monkeypatch)
+    copies = [(torch.tensor(i),) for i in range(5)]
+    turn = timing.DeviceTurn(timing.Contender("ours", device.call, replayed), copies)
+    assert len(turn.outputs) == 5, "all outputs of a pass are alive together"
+    device.seen.clear()
+    assert math.isclose(turn.timed(), turn.calls * CALL, rel_tol=1e-6)
+    assert math.isclose(turn.per_call()[0], CALL, rel_tol=1e-6)
+    assert turn.calls * CALL >= 0.9 * timing.TURN and turn.calls % 5 == 0
+    assert device.seen == list(range(5)) * (len(device.seen) // 5)
+
+
+def test_a_slow_contender_gets_fewer_copies(timing, monkeypatch):
+    device = StandIn(monkeypatch)
+    monkeypatch.setattr(timing, "PASS", 0.0)
+    turn = timing.DeviceTurn(timing.Contender("slow", device.call), [(torch.tensor(i),) for i in range(5)])
+    assert turn.copies[0][0] == 0 and len(turn.copies) == 1
+
+
+def test_copies_exceed_the_cache(timing):
+    copies = timing.copies_beyond_cache((torch.zeros(4), torch.ones(2)), traffic=1_000, cache=50_000)
+    assert len(copies) == 100 and len({copy[0].data_ptr() for copy in copies}) == 100
+    assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 2
+
+
+def test_limits_are_read_from_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    def row(contender, B=64, grad=None, **values):
+        facts = {"size": "lavcap", "B": B, "dtype": "bfloat16", "grad": grad, "tol": None, "contender": contender}
+        return {**facts, **values}
+
+    rows = [
+        row("otfuse triton", median_ms=0.0149),
+        row("log domain, eager", times_ours=59.0),
+        row("otfuse triton, forward alone", grad="unroll", times_ours=0.25),
+        row("otfuse triton", B=1024, share_of_copy=0.61),
+    ]
+    lines = report.limits(rows)
+    assert [line.split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
+    assert "14.9 (H200: <= 15)" in lines[0] and "4 (H200: <= 3.5)" in lines[2]
