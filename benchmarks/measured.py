@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,16 +69,27 @@ class Answer:
 
     exact: Sequence[Tensor]  # tokens out, or their gradients
     residuals: Sequence[Tensor]  # what is in them unchanged: tokens in, or the gradients sent
-    allowed: float
+    allowed: float = math.inf
+    lacking: float = math.inf  # of what was to be added, at most
 
     def error(self, results: Sequence[Tensor]) -> float:
         """The distance from what is right over the size of what was added to the residual, of the worse side.
 
         Added is a hundredth or so of a token: against the whole token a result without it would pass for right in
-        bfloat16. NaN where there is one.
+        bfloat16. Infinite where more of it is lacking than rounding takes away.
         """
+        if self.missing(results) > self.lacking:
+            return math.inf
+        return self._worst(results, lambda off, added: off.norm() / added.norm())
+
+    def missing(self, results: Sequence[Tensor]) -> float:
+        """Which part of what was added is not there."""
+        return self._worst(results, lambda off, added: (off * added).sum().abs() / added.square().sum())
+
+    def _worst(self, results: Sequence[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Of both sides; NaN where there is one."""
         sides = zip(results, self.exact, self.residuals)
-        return float(torch.stack([(r.double() - e).norm() / (e - x).norm() for r, e, x in sides]).max())
+        return float(torch.stack([measure(r.double() - e, e - x) for r, e, x in sides]).max())
 
 
 def answer(measured: Measured, inputs: tuple[Tensor, ...]) -> Answer:
@@ -97,10 +109,11 @@ def answer(measured: Measured, inputs: tuple[Tensor, ...]) -> Answer:
         call = with_gradient(call)
     exact = call(*(tensor.double() for tensor in inputs))
     residuals = [tensor.double() for tensor in inputs[-2:]]
-    plain = Answer(exact, residuals, 0.0).error(call(*inputs))
+    plain, right = call(*inputs), Answer(exact, residuals)
     size = max(float(e.norm() / (e - x).norm()) for e, x in zip(exact, residuals))
     stopped = (measured.tol or 0) * max(case.N, case.M) ** 0.5
-    return Answer(exact, residuals, 2 * plain + torch.finfo(torch.float32).eps * size + stopped)
+    allowed = 2 * right.error(plain) + torch.finfo(torch.float32).eps * size + stopped
+    return Answer(exact, residuals, allowed, lacking=2 * right.missing(plain) + 0.1)
 
 
 def mean_rounds(measured: Measured, inputs: tuple[Tensor, ...]) -> float:

@@ -161,3 +161,22 @@ def test_limits_are_read_from_the_rows(monkeypatch):
     lines = report.limits(rows)
     assert [line.split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
     assert "14.9 (H200: <= 15)" in lines[0] and "4 (H200: <= 3.5)" in lines[2]
+
+
+@pytest.mark.parametrize("grad", [None, "unroll"])
+def test_the_check_misses_no_attend_in_bfloat16(monkeypatch, grad):
+    """Most of an output is the token that came in: a kernel that adds nothing to it must not pass, nor NaN."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from cases import Case
+    from measured import Measured, answer, ours, tokens
+    from peers import with_gradient
+
+    measured = Measured(Case("lavcap", 2, 64, 20, 128), torch.bfloat16, grad)
+    inputs = tokens(measured, torch.device("cpu"))
+    right, call = answer(measured, inputs), ours(measured, "torch")
+    results = call(*inputs) if grad is None else with_gradient(call)(*inputs)
+    assert right.error(results) <= right.allowed
+    first, second = inputs[-2:]
+    assert not right.error((first, results[1])) <= right.allowed
+    assert not right.error((results[0], second)) <= right.allowed
+    assert not right.error((results[0], results[1] * math.nan)) <= right.allowed

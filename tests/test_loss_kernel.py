@@ -122,6 +122,13 @@ def test_more_than_one_block_on_both_sides(device):
     assert_kernel_accurate(problem(device, 1, 65, 34), torch.float32, ("log_plan", "similarity"))
 
 
+@pytest.mark.parametrize("contrast", loss.CONTRASTS)
+def test_a_block_of_nothing_but_padding(device, contrast):
+    values = problem(device, 1, 40, 5)
+    values["a"][:, :33] = 0
+    assert_kernel_accurate(values, torch.float32, ("barycentric", contrast))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", loss.REDUCTIONS)
 @pytest.mark.parametrize("temperature", [0.07, 10])
