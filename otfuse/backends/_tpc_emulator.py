@@ -330,7 +330,11 @@ def _headers() -> tuple[str, ...]:
 def _preprocessed(compiler: str, path: Path, flags: Sequence[str]) -> str:
     """The source after macros and includes, in which names and declarations can be found."""
     defines = [flag for flag in flags if flag.startswith("-D")]
-    return _output([compiler, "-E", "-P", "-x", "c++", *defines, str(path)], path)
+    return _output([compiler, "-E", "-P", "-x", "c++", *defines, *_include("include"), str(path)], path)
+
+
+def _include(*folders: str) -> list[str]:
+    return [f"-I{sources() / folder}" for folder in folders]
 
 
 def _output(command: Sequence[str], path: Path) -> str:
@@ -352,7 +356,7 @@ def _compile(compiler: str, flags: Sequence[str], unit: str, target: Path) -> No
     try:
         source, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(unit)
-        _output([compiler, *flags, f"-I{sources() / 'emulator'}", str(source), "-o", str(made)], target)
+        _output([compiler, *flags, *_include("emulator", "include"), str(source), "-o", str(made)], target)
         os.replace(made, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -69,7 +69,7 @@ template <class V> void choose(V& r, const V& income, const bool64& predicate, b
 
 // One operand of type A, results of type V: VALUE is made of x.
 #define EMU_UNARY(NAME, V, A, LATENCY, SWITCHES, VALUE)                                                              \
-    inline V NAME##_b(const A& a, int sw = 0, const V& income = {}, EMU_PREDICATE) {                                  \
+    EMU_FUNCTION V NAME##_b(const A& a, int sw = 0, const V& income = {}, EMU_PREDICATE) {                                  \
         emu::only(sw, SWITCHES, #NAME);                                                                               \
         V r;                                                                                                          \
         for (int l = 0; l < 64; l++) {                                                                                \
@@ -80,7 +80,7 @@ template <class V> void choose(V& r, const V& income, const bool64& predicate, b
         EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, income);                                                         \
         return r;                                                                                                     \
     }                                                                                                                 \
-    inline V NAME##_vb(const A& a, int sw, const V& income, const bool64& predicate, bool polarity = false) {         \
+    EMU_FUNCTION V NAME##_vb(const A& a, int sw, const V& income, const bool64& predicate, bool polarity = false) {         \
         emu::only(sw, SWITCHES, #NAME);                                                                               \
         V r;                                                                                                          \
         for (int l = 0; l < 64; l++) {                                                                                \
@@ -94,7 +94,7 @@ template <class V> void choose(V& r, const V& income, const bool64& predicate, b
 
 // Two operands, x and y.
 #define EMU_BINARY(NAME, V, A, B, LATENCY, VALUE)                                                                     \
-    inline V NAME##_b(const A& a, const B& b, int sw = 0, const V& income = {}, EMU_PREDICATE) {                      \
+    EMU_FUNCTION V NAME##_b(const A& a, const B& b, int sw = 0, const V& income = {}, EMU_PREDICATE) {                      \
         emu::only(sw, 0, #NAME);                                                                                      \
         V r;                                                                                                          \
         for (int l = 0; l < 64; l++) {                                                                                \
@@ -106,7 +106,7 @@ template <class V> void choose(V& r, const V& income, const bool64& predicate, b
         EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, b, income);                                                      \
         return r;                                                                                                     \
     }                                                                                                                 \
-    inline V NAME##_vb(const A& a, const B& b, int sw, const V& income, const bool64& predicate,                      \
+    EMU_FUNCTION V NAME##_vb(const A& a, const B& b, int sw, const V& income, const bool64& predicate,                      \
                        bool polarity = false) {                                                                       \
         emu::only(sw, 0, #NAME);                                                                                      \
         V r;                                                                                                          \
@@ -155,7 +155,7 @@ EMU_INTEGER(uint64, u32, uint32_t)
     EMU_SELECT(NAME, u32, uint64, KIND, A, VALUE)
 
 #define EMU_SELECT(NAME, RESULT, V, KIND, A, VALUE)                                                          \
-    inline V v_##RESULT##_sel_##NAME##_##KIND##_b(const A& a, const A& b, const V& c, const V& d, int sw = 0, \
+    EMU_FUNCTION V v_##RESULT##_sel_##NAME##_##KIND##_b(const A& a, const A& b, const V& c, const V& d, int sw = 0, \
                                                   const V& income = {}, EMU_PREDICATE) {                     \
         emu::only(sw, 0, "v_" #RESULT "_sel_" #NAME "_" #KIND);                                              \
         V r;                                                                                                 \
@@ -181,7 +181,7 @@ EMU_COMPARES(i32, int64)
 EMU_COMPARES(u32, uint64)
 
 // accumulator + a b, or accumulator - a b with SW_NEG.
-inline float64 v_f32_mac_b(const float64& a, const float64& b, const float64& accumulator, int sw = 0, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_mac_b(const float64& a, const float64& b, const float64& accumulator, int sw = 0, EMU_PREDICATE) {
     emu::only(sw, SW_NEG, "v_f32_mac");
     float64 r;
     const float sign = sw & SW_NEG ? -1.0f : 1.0f;
@@ -192,7 +192,7 @@ inline float64 v_f32_mac_b(const float64& a, const float64& b, const float64& ac
     return r;
 }
 
-inline float64 v_f32_mac_vb(const float64& a, const float64& b, const float64& accumulator, int sw,
+EMU_FUNCTION float64 v_f32_mac_vb(const float64& a, const float64& b, const float64& accumulator, int sw,
                             const bool64& predicate, bool polarity = false) {
     emu::only(sw, SW_NEG, "v_f32_mac");
     float64 r;
@@ -204,7 +204,7 @@ inline float64 v_f32_mac_vb(const float64& a, const float64& b, const float64& a
     return r;
 }
 
-inline float64 v_f32_madd_b(const float64& a, const float64& b, const float64& c, int sw = 0,
+EMU_FUNCTION float64 v_f32_madd_b(const float64& a, const float64& b, const float64& c, int sw = 0,
                             const float64& income = {}, EMU_PREDICATE) {
     emu::only(sw, SW_NEG, "v_f32_madd");
     float64 r;
@@ -217,7 +217,7 @@ inline float64 v_f32_madd_b(const float64& a, const float64& b, const float64& c
 }
 
 // 128 lanes of bfloat16 are two vectors of float32, the lower lanes first.
-inline float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0, const float128& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0, const float128& income = {}, EMU_PREDICATE) {
     emu::only(sw, 0, "v_convert_bf16_to_f32_all");
     float128 r;
     for (int l = 0; l < 64; l++) {
@@ -230,7 +230,7 @@ inline float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0, cons
     return r;
 }
 
-inline bfloat128 v_convert_f32_to_bf16_all_b(const float128& a, int sw = 0, const bfloat128& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION bfloat128 v_convert_f32_to_bf16_all_b(const float128& a, int sw = 0, const bfloat128& income = {}, EMU_PREDICATE) {
     emu::only(sw, 0, "v_convert_f32_to_bf16_all");
     bfloat128 r;
     for (int l = 0; l < 64; l++) {

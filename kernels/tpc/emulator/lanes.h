@@ -12,7 +12,7 @@
 #define MkWr(l, u) ((l) << 16 | (u) << 17)
 #define V_LANE_ID_32 read_lane_id_4b_b()
 
-inline uint64 read_lane_id_4b_b(const uint64& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION uint64 read_lane_id_4b_b(const uint64& income = {}, EMU_PREDICATE) {
     uint64 r;
     for (int l = 0; l < 64; l++) emu::lanes(r)[l] = l;
     if (predicate == polarity) r = income;
@@ -29,7 +29,7 @@ inline void whole_lanes(uint32_t bytes, const char* intrinsic) {
 }  // namespace emu
 
 // Dual group d of the result is dual group s_d of a, where its two write bits (lower and upper group) say so.
-inline float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes, int s0, int s1, int s2, int s3, int sw,
+EMU_FUNCTION float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes, int s0, int s1, int s2, int s3, int sw,
                                           const float64& income, EMU_PREDICATE) {
     emu::whole_lanes(bytes, "v_f32_mov_dual_group_all");
     emu::only(sw, MkWrA(3, 3, 3, 3), "v_f32_mov_dual_group_all");
@@ -48,7 +48,7 @@ inline float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes, int 
 }
 
 // One dual group, the others are income's.
-inline float64 v_f32_mov_dual_group_b(const float64& a, uint32_t bytes, int source, int destination, int sw,
+EMU_FUNCTION float64 v_f32_mov_dual_group_b(const float64& a, uint32_t bytes, int source, int destination, int sw,
                                       const float64& income, EMU_PREDICATE) {
     emu::whole_lanes(bytes, "v_f32_mov_dual_group");
     emu::only(sw, MkWr(1, 1), "v_f32_mov_dual_group");
@@ -64,7 +64,7 @@ inline float64 v_f32_mov_dual_group_b(const float64& a, uint32_t bytes, int sour
 }
 
 // The other group of the same dual group, where group and dual group are enabled.
-inline float64 v_f32_mov_group_b(const float64& a, uint32_t bytes, int sw, const float64& income, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_mov_group_b(const float64& a, uint32_t bytes, int sw, const float64& income, EMU_PREDICATE) {
     emu::whole_lanes(bytes, "v_f32_mov_group");
     emu::only(sw, 63, "v_f32_mov_group");
     float64 r;
@@ -78,7 +78,7 @@ inline float64 v_f32_mov_group_b(const float64& a, uint32_t bytes, int sw, const
 }
 
 // Within a dual group, by the byte of b at each lane: bits 0-2 the lane, bit 5 the group, bit 7 whether at all.
-inline float64 v_f32_shuffle_b(const float64& a, const uchar256& b, int sw, const float64& income, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_shuffle_b(const float64& a, const uchar256& b, int sw, const float64& income, EMU_PREDICATE) {
     emu::only(sw, 0, "v_f32_shuffle");
     float64 r;
     for (int l = 0; l < 64; l++) {

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <type_traits>
 
+// Operations on vectors stay functions of their own: a kernel then compiles in a third of the time, and takes twice as
+// long as one with all of them inlined.
+#define EMU_FUNCTION __attribute__((noinline)) inline
+
 #define MAX_VLM 81920
 #define MAX_SLM 16384
 

@@ -85,14 +85,14 @@ void store(const vec<T, N>& v, int t, const int5& c, int32_t dtype, int count, i
 
 // Vectors of tensors: whole, and size + 1 elements from lane `offset` on.
 #define EMU_TENSOR(NAME, V, T, DTYPE, PAD)                                                                            \
-    inline V v_##NAME##_ld_tnsr_b(const int5& c, int t, int sw = 0, const V& income = {}, EMU_PREDICATE) {            \
+    EMU_FUNCTION V v_##NAME##_ld_tnsr_b(const int5& c, int t, int sw = 0, const V& income = {}, EMU_PREDICATE) {            \
         emu::only(sw, 0, "v_" #NAME "_ld_tnsr");                                                                      \
         V r = income;                                                                                                 \
         if (predicate != polarity) emu::load(r, PAD, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_ld_tnsr");         \
         EMU_ISSUE(r, "v_" #NAME "_ld_tnsr", LOAD, emu::LATENCY_LOAD, income);                                         \
         return r;                                                                                                     \
     }                                                                                                                 \
-    inline V v_##NAME##_ld_tnsr_partial_b(const int5& c, int t, int8_t size, int8_t offset, int sw = 0,               \
+    EMU_FUNCTION V v_##NAME##_ld_tnsr_partial_b(const int5& c, int t, int8_t size, int8_t offset, int sw = 0,               \
                                           const V& income = {}, EMU_PREDICATE) {                                      \
         emu::only(sw, 0, "v_" #NAME "_ld_tnsr_partial");                                                              \
         emu::partial(t, c, size, offset, 256 / sizeof(T));                                                            \
@@ -102,12 +102,12 @@ void store(const vec<T, N>& v, int t, const int5& c, int32_t dtype, int count, i
         EMU_ISSUE(r, "v_" #NAME "_ld_tnsr_partial", LOAD, emu::LATENCY_LOAD, income);                                 \
         return r;                                                                                                     \
     }                                                                                                                 \
-    inline void v_##NAME##_st_tnsr(const int5& c, int t, const V& value, int sw = 0, EMU_PREDICATE) {                 \
+    EMU_FUNCTION void v_##NAME##_st_tnsr(const int5& c, int t, const V& value, int sw = 0, EMU_PREDICATE) {                 \
         emu::only(sw, 0, "v_" #NAME "_st_tnsr");                                                                      \
         if (predicate != polarity) emu::store(value, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_st_tnsr");         \
         EMU_ISSUE_EFFECT("v_" #NAME "_st_tnsr", STORE, value);                                                        \
     }                                                                                                                 \
-    inline void v_##NAME##_st_tnsr_partial(const int5& c, int t, const V& value, int8_t size, int8_t offset,          \
+    EMU_FUNCTION void v_##NAME##_st_tnsr_partial(const int5& c, int t, const V& value, int8_t size, int8_t offset,          \
                                            int sw = 0, EMU_PREDICATE) {                                               \
         emu::only(sw, 0, "v_" #NAME "_st_tnsr_partial");                                                              \
         emu::partial(t, c, size, offset, 256 / sizeof(T));                                                            \
@@ -195,7 +195,7 @@ EMU_GLOBAL(f32, float, emu::F32)
 EMU_GLOBAL(i32, int32_t, emu::I32)
 
 // A scalar of global memory in every lane.
-inline float64 v_f32_ld_g(const void* address, int sw = 0, const float64& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_ld_g(const void* address, int sw = 0, const float64& income = {}, EMU_PREDICATE) {
     emu::only(sw, 0, "v_f32_ld_g");
     float64 r = income;
     if (predicate != polarity) {

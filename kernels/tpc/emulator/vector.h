@@ -139,7 +139,7 @@ using uint128 = emu::pair<uint64>;
 #define EMU_PREDICATE bool predicate = true, bool polarity = false
 
 #define EMU_OPERATOR(V, OPERATOR, LATENCY)                                                            \
-    inline V operator OPERATOR(const V& a, const V& b) {                                              \
+    EMU_FUNCTION V operator OPERATOR(const V& a, const V& b) {                                              \
         V r;                                                                                          \
         auto *x = emu::lanes(a), *y = emu::lanes(b);                                                  \
         auto* z = emu::lanes(r);                                                                      \
@@ -155,7 +155,7 @@ EMU_OPERATOR(float64, *, LATENCY_MUL)
 
 // Integers wrap around, which in C++ unsigned ones alone do.
 #define EMU_SIGNED_OPERATOR(OPERATOR)                                                                 \
-    inline int64 operator OPERATOR(const int64& a, const int64& b) {                                  \
+    EMU_FUNCTION int64 operator OPERATOR(const int64& a, const int64& b) {                                  \
         int64 r;                                                                                      \
         for (int l = 0; l < 64; l++)                                                                  \
             emu::lanes(r)[l] = (int32_t)((uint32_t)emu::lanes(a)[l] OPERATOR (uint32_t)emu::lanes(b)[l]); \
@@ -179,7 +179,7 @@ EMU_OPERATOR(uchar256, ^, LATENCY_ADD)
 
 // By a number of bits outside [0, 32): nothing is left.
 #define EMU_SHIFT(OPERATOR)                                                                           \
-    inline uint64 operator OPERATOR(const uint64& a, const uint64& b) {                               \
+    EMU_FUNCTION uint64 operator OPERATOR(const uint64& a, const uint64& b) {                               \
         uint64 r;                                                                                     \
         for (int l = 0; l < 64; l++)                                                                  \
             emu::lanes(r)[l] = emu::lanes(b)[l] < 32 ? emu::lanes(a)[l] OPERATOR emu::lanes(b)[l] : 0; \
@@ -190,13 +190,13 @@ EMU_OPERATOR(uchar256, ^, LATENCY_ADD)
 EMU_SHIFT(<<)
 EMU_SHIFT(>>)
 
-inline float64 operator-(const float64& a) { return float64(uint64(a) ^ uint64(0x80000000u)); }
-inline int64 operator-(const int64& a) { return int64(0) - a; }
-inline int64 operator~(const int64& a) { return a ^ int64(-1); }
-inline uint64 operator~(const uint64& a) { return a ^ uint64(~0u); }
+EMU_FUNCTION float64 operator-(const float64& a) { return float64(uint64(a) ^ uint64(0x80000000u)); }
+EMU_FUNCTION int64 operator-(const int64& a) { return int64(0) - a; }
+EMU_FUNCTION int64 operator~(const int64& a) { return a ^ int64(-1); }
+EMU_FUNCTION uint64 operator~(const uint64& a) { return a ^ uint64(~0u); }
 
 #define EMU_MASK_OPERATOR(OPERATOR)                                                                   \
-    inline bool64 operator OPERATOR(const bool64& a, const bool64& b) {                               \
+    EMU_FUNCTION bool64 operator OPERATOR(const bool64& a, const bool64& b) {                               \
         bool64 r;                                                                                     \
         for (int l = 0; l < 64; l++) emu::lanes(r)[l] = emu::lanes(a)[l] OPERATOR emu::lanes(b)[l];   \
         EMU_ISSUE(r, "operator " #OPERATOR " of masks", VECTOR, emu::LATENCY_ADD, a, b);              \
@@ -205,4 +205,4 @@ inline uint64 operator~(const uint64& a) { return a ^ uint64(~0u); }
 EMU_MASK_OPERATOR(&)
 EMU_MASK_OPERATOR(|)
 EMU_MASK_OPERATOR(^)
-inline bool64 operator~(const bool64& a) { return a ^ bool64(true); }
+EMU_FUNCTION bool64 operator~(const bool64& a) { return a ^ bool64(true); }
