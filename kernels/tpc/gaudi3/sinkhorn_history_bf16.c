@@ -1,0 +1,3 @@
+#define HISTORY
+#define BFLOAT16
+#include "../include/sinkhorn.h"

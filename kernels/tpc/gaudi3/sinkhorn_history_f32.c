@@ -1,0 +1,2 @@
+#define HISTORY
+#include "../include/sinkhorn.h"

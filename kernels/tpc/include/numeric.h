@@ -1,0 +1,54 @@
+// exp, log and reciprocal in float32, without LOOKUP, and selections by sign.
+
+static int64 bits_of(float64 x) { return *((int64*)&x); }
+static float64 from_bits(int64 bits) { return *((float64*)&bits); }
+
+#define INFINITE __builtin_inff()
+
+static float64 where_positive(float64 condition, float64 yes, float64 no) {
+  return v_f32_sel_grt_f32_b(condition, (float64)0.0f, yes, no);
+}
+
+// 1 / x for normal positive x: a seed by integer arithmetic and three Newton steps, 1.5 ulp.
+static float64 reciprocal(float64 x) {
+  const float64 two = 2.0f;
+  float64 y = from_bits(0x7EF311C7 - bits_of(x));
+  y = v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
+  y = v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
+  return v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
+}
+
+// exp(x) for x <= 88, 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.
+static float64 exponential(float64 x) {
+  const float64 n = v_f32_nearbyint_b(v_f32_mul_b(x, (float64)1.44269504f));
+  float64 r = v_f32_mac_b(n, (float64)0.693359375f, x, SW_NEG);
+  r = v_f32_mac_b(n, (float64)2.12194440e-4f, r);
+  float64 p = v_f32_mac_b(r, (float64)1.9875691500e-4f, (float64)1.3981999507e-3f);
+  p = v_f32_mac_b(p, r, (float64)8.3334519073e-3f);
+  p = v_f32_mac_b(p, r, (float64)4.1665795894e-2f);
+  p = v_f32_mac_b(p, r, (float64)1.6666665459e-1f);
+  p = v_f32_mac_b(p, r, (float64)5.0000001201e-1f);
+  p = v_f32_add_b(v_f32_mac_b(p, v_f32_mul_b(r, r), r), (float64)1.0f);
+  const int64 exponent = v_i32_shl_b(v_convert_f32_to_i32_b(n), (int64)23);
+  return v_f32_sel_less_f32_b(x, (float64)-87.0f, (float64)0.0f, from_bits(bits_of(p) + exponent));
+}
+
+// log(x) for normal positive x. Cephes' polynomial on [sqrt(1/2), sqrt(2)].
+static float64 logarithm(float64 x) {
+  const int64 bits = bits_of(x) + (0x3F800000 - 0x3F3504F3);
+  const float64 e = v_convert_i32_to_f32_b(v_i32_shr_b(bits, (int64)23) - 127);
+  const float64 z = from_bits((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
+  const float64 square = v_f32_mul_b(z, z);
+  float64 p = v_f32_mac_b(z, (float64)7.0376836292e-2f, (float64)-1.1514610310e-1f);
+  p = v_f32_mac_b(p, z, (float64)1.1676998740e-1f);
+  p = v_f32_mac_b(p, z, (float64)-1.2420140846e-1f);
+  p = v_f32_mac_b(p, z, (float64)1.4249322787e-1f);
+  p = v_f32_mac_b(p, z, (float64)-1.6668057665e-1f);
+  p = v_f32_mac_b(p, z, (float64)2.0000714765e-1f);
+  p = v_f32_mac_b(p, z, (float64)-2.4999993993e-1f);
+  p = v_f32_mac_b(p, z, (float64)3.3333331174e-1f);
+  p = v_f32_mul_b(v_f32_mul_b(p, z), square);
+  p = v_f32_mac_b(e, (float64)-2.12194440e-4f, p);
+  p = v_f32_mac_b(square, (float64)-0.5f, p);
+  return v_f32_mac_b(e, (float64)0.693359375f, z + p);
+}

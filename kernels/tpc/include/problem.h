@@ -1,0 +1,185 @@
+// What an item is before its rounds: the range of its values, its kernel matrix, and its form.
+//
+// SCALING (form 0): K = exp(scale (S - shift)), shift being the S of the largest entry, serves all rounds.
+// ABSORBED (form k): the first round is done in the log domain, and scalings are folded into K every k rounds.
+
+// Where the vectors of an item lie in local memory: blocks of rows, blocks of columns.
+typedef struct {
+  int a, b;          // weights
+  int u, v;          // scalings since the last fold
+  int log_u, log_v;  // what is folded into K
+  int rows;          // K v
+} vectors;
+
+static vectors lay_out(shape* s) {
+  vectors p;
+  p.a = s->next;
+  p.u = p.a + s->row_blocks;
+  p.log_u = p.u + s->row_blocks;
+  p.rows = p.log_u + s->row_blocks;
+  p.b = p.rows + s->row_blocks;
+  p.v = p.b + s->column_blocks;
+  p.log_v = p.v + s->column_blocks;
+  s->next = p.log_v + s->column_blocks;
+  return p;
+}
+
+typedef struct {
+  float64 sign, size;  // of scale
+  float64 shift;       // the largest of sign * S over what is not padding
+  float64 poison;      // zero, or NaN if something that is not padding is not finite
+  float64 mass;        // positive if there is any weight
+} range;
+
+static void load_weights(shape s, vectors p, tensor a, tensor b, int item) {
+  for (int k = 0; k < s.row_blocks; k++) local[p.a + k] = load_rows(a, k, item);
+  for (int k = 0; k < s.column_blocks; k++) local[p.b + k] = load_columns(s, b, k, item);
+}
+
+#define LEAST -3.0e38f
+
+static range range_of(shape s, vectors p, tensor values, int item, float scale, int flip) {
+  range r;
+  float64 largest = LEAST, poison = 0.0f, mass = 0.0f;
+  r.size = scale > 0.0f ? scale : -scale;
+  r.sign = (scale > 0.0f) != flip ? 1.0f : -1.0f;
+  for (int block = 0; block < s.row_blocks; block++) {
+    const float64 a = local[p.a + block];
+    mass = v_f32_max_b(mass, a);
+    poison = v_f32_mac_b(a, (float64)0.0f, poison);
+    for (int c = 0; c < s.column_tiles; c++) {
+      const float64 b = spread_column(local[p.b + (c >> 4)], c);
+      poison = v_f32_mac_b(b, (float64)0.0f, poison);
+      const four x = load_tiles(s, values, item, block, c, a, b, r.sign, (float64)LEAST);
+      largest = v_f32_max_b(v_f32_max_b(v_f32_max_b(x.v0, x.v1), v_f32_max_b(x.v2, x.v3)), largest);
+      poison = v_f32_mac_b(x.v0, (float64)0.0f, poison);
+      poison = v_f32_mac_b(x.v1, (float64)0.0f, poison);
+      poison = v_f32_mac_b(x.v2, (float64)0.0f, poison);
+      poison = v_f32_mac_b(x.v3, (float64)0.0f, poison);
+    }
+  }
+  r.shift = largest_lane(largest);
+  r.poison = sum_of_lanes(poison);
+  r.mass = largest_lane(mass);
+  return r;
+}
+
+// Four tiles of log K with what is folded in; -inf at padding.
+static four log_tiles(shape s, vectors p, range r, tensor values, int item, int block, int c) {
+  const float64 a = local[p.a + block], b = spread_column(local[p.b + (c >> 4)], c);
+  four x = load_tiles(s, values, item, block, c, a, b, r.sign, (float64)-INFINITE);
+  const four log_u = spread_rows(local[p.log_u + block]);
+  const float64 log_v = spread_column(local[p.log_v + (c >> 4)], c);
+#define TILE(k) x.v##k = v_f32_mac_b(x.v##k - r.shift, r.size, log_u.v##k) + log_v;
+  TILE(0) TILE(1) TILE(2) TILE(3)
+#undef TILE
+  return x;
+}
+
+// K := its exponential where `renewed` is positive.
+static void fill(shape s, vectors p, range r, tensor values, int item, float64 renewed) {
+  for (int block = 0; block < s.row_blocks; block++) {
+    for (int c = 0; c < s.column_tiles; c++) {
+      const four x = log_tiles(s, p, r, values, item, block, c);
+      const int tile = c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
+#define TILE(k) local[tile + k] = where_positive(renewed, exponential(x.v##k), local[tile + k]);
+      TILE(0)
+      if (tiles > 1) TILE(1)
+      if (tiles > 2) TILE(2)
+      if (tiles > 3) TILE(3)
+#undef TILE
+    }
+  }
+}
+
+// marginal / sums where there is any.
+static float64 divided(float64 marginal, float64 sums) {
+  return where_positive(marginal, v_f32_mul_b(marginal, reciprocal(sums)), (float64)0.0f);
+}
+
+static void update_sums(shape s, vectors p) {
+  for (int k = 0; k < s.row_blocks; k++) local[p.rows + k] = times_columns(s, k, p.v);
+}
+
+// Scalings of one, of zero at padding.
+static void start_rows(shape s, vectors p) {
+  for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = where_positive(local[p.a + k], (float64)1.0f, (float64)0.0f);
+}
+static void start_columns(shape s, vectors p) {
+  for (int k = 0; k < s.column_blocks; k++) local[p.v + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
+}
+static void clear_folds(shape s, vectors p) {
+  for (int k = 0; k < s.row_blocks; k++) local[p.log_u + k] = 0.0f;
+  for (int k = 0; k < s.column_blocks; k++) local[p.log_v + k] = 0.0f;
+}
+
+// Scalings into what is folded, where `active` is positive; K is then to be filled again.
+static void fold_rows(shape s, vectors p, float64 active) {
+  for (int k = 0; k < s.row_blocks; k++) {
+    const float64 folded = v_f32_min_b(active, local[p.a + k]);
+    local[p.log_u + k] = where_positive(folded, local[p.log_u + k] + logarithm(local[p.u + k]), local[p.log_u + k]);
+    local[p.u + k] = where_positive(folded, (float64)1.0f, local[p.u + k]);
+  }
+}
+static void fold_columns(shape s, vectors p, float64 active) {
+  for (int k = 0; k < s.column_blocks; k++) {
+    const float64 folded = v_f32_min_b(active, local[p.b + k]);
+    local[p.log_v + k] = where_positive(folded, local[p.log_v + k] + logarithm(local[p.v + k]), local[p.log_v + k]);
+    local[p.v + k] = where_positive(folded, (float64)1.0f, local[p.v + k]);
+  }
+}
+
+// What makes the largest entry of every row, of every column, one.
+static void lift_rows(shape s, vectors p, range r, tensor values, int item) {
+  for (int block = 0; block < s.row_blocks; block++) {
+    float64 m0 = LEAST, m1 = LEAST, m2 = LEAST, m3 = LEAST;
+    for (int c = 0; c < s.column_tiles; c++) {
+      const four x = log_tiles(s, p, r, values, item, block, c);
+      m0 = v_f32_max_b(m0, x.v0);
+      m1 = v_f32_max_b(m1, x.v1);
+      m2 = v_f32_max_b(m2, x.v2);
+      m3 = v_f32_max_b(m3, x.v3);
+    }
+    const float64 most = FOLD_ROWS(LARGER, m0, m1, m2, m3);
+    local[p.log_u + block] = where_positive(local[p.a + block], local[p.log_u + block] - most, (float64)0.0f);
+  }
+}
+static float64 largest_of_tiles(shape s, vectors p, range r, tensor values, int item, int c) {
+  float64 m = LEAST;
+  if (c < s.column_tiles) {
+    for (int block = 0; block < s.row_blocks; block++) {
+      const four x = log_tiles(s, p, r, values, item, block, c);
+      m = v_f32_max_b(v_f32_max_b(v_f32_max_b(x.v0, x.v1), v_f32_max_b(x.v2, x.v3)), m);
+    }
+  }
+  return m;
+}
+static void lift_columns(shape s, vectors p, range r, tensor values, int item) {
+  for (int block = 0; block < s.column_blocks; block++) {
+    float64 z[4];
+#define MOST(i) largest_of_tiles(s, p, r, values, item, 16 * block + i)
+#define QUAD(quad) z[quad] = FOLD_COLUMNS(LARGER, MOST(4 * quad), MOST(4 * quad + 1), MOST(4 * quad + 2), MOST(4 * quad + 3));
+    QUAD(0) QUAD(1) QUAD(2) QUAD(3)
+#undef QUAD
+#undef MOST
+    const float64 most = FOLD_COLUMN_QUADS(LARGER, z[0], z[1], z[2], z[3]);
+    local[p.log_v + block] = where_positive(local[p.b + block], local[p.log_v + block] - most, (float64)0.0f);
+  }
+}
+
+// The first round in the log domain, from v = 1: all of its scalings are folded at the end.
+static void log_round(shape s, vectors p, range r, tensor values, int item) {
+  const float64 always = 1.0f;
+  clear_folds(s, p);
+  lift_rows(s, p, r, values, item);
+  fill(s, p, r, values, item, always);
+  start_columns(s, p);
+  update_sums(s, p);
+  for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = divided(local[p.a + k], local[p.rows + k]);
+  fold_rows(s, p, always);
+  lift_columns(s, p, r, values, item);
+  fill(s, p, r, values, item, always);
+  for (int k = 0; k < s.column_blocks; k++) local[p.v + k] = divided(local[p.b + k], times_rows(s, k, p.u));
+  fold_columns(s, p, always);
+  fill(s, p, r, values, item, always);
+}
