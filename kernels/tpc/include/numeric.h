@@ -9,13 +9,15 @@ static float64 where_positive(float64 condition, float64 yes, float64 no) {
   return v_f32_sel_grt_f32_b(condition, (float64)0.0f, yes, no);
 }
 
-// 1 / x for normal positive x: a seed by integer arithmetic and three Newton steps, 1.5 ulp.
-static float64 reciprocal(float64 x) {
-  const float64 two = 2.0f;
-  float64 y = from_bits(0x7EF311C7 - bits_of(x));
-  y = v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
-  y = v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
-  return v_f32_mul_b(y, v_f32_mac_b(x, y, two, SW_NEG));
+// y / x for normal positive x: a seed by integer arithmetic, two Newton steps for the reciprocal, and one for the
+// quotient. Fused, it is all but correctly rounded: an error of one sign would add up over the rounds.
+static float64 quotient(float64 y, float64 x) {
+  const float64 one = 1.0f;
+  float64 z = from_bits(0x7EF311C7 - bits_of(x));
+  z = v_f32_mac_b(z, v_f32_mac_b(x, z, one, SW_NEG), z);
+  z = v_f32_mac_b(z, v_f32_mac_b(x, z, one, SW_NEG), z);
+  const float64 q = v_f32_mul_b(y, z);
+  return v_f32_mac_b(z, v_f32_mac_b(x, q, y, SW_NEG), q);
 }
 
 // exp(x) for x <= 88, 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.

@@ -94,7 +94,7 @@ static void fill(shape s, vectors p, range r, tensor values, int item, float64 r
 
 // marginal / sums where there is any.
 static float64 divided(float64 marginal, float64 sums) {
-  return where_positive(marginal, v_f32_mul_b(marginal, reciprocal(sums)), (float64)0.0f);
+  return where_positive(marginal, quotient(marginal, sums), (float64)0.0f);
 }
 
 static void update_sums(shape s, vectors p) {

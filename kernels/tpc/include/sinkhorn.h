@@ -58,7 +58,7 @@ static float64 potential(float64 weight, float64 scaling, float64 folded, range 
 }
 
 static void store_potentials(shape s, vectors p, range r, tensor f, tensor g, int item) {
-  const float64 epsilon = reciprocal(r.size);
+  const float64 epsilon = quotient((float64)1.0f, r.size);
   for (int k = 0; k < s.row_blocks; k++)
     store_rows(f, k, item, potential(local[p.a + k], local[p.u + k], local[p.log_u + k], r, epsilon) - r.shift);
   for (int k = 0; k < s.column_blocks; k++)
@@ -90,7 +90,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
     update_sums(s, p);
     for (int t = done; t < num_iters; t++) {
       if (t > 0 && tol > 0.0f) {
-        error = row_error(s, p);
+        error = row_error(s, p) + r.poison;
         active = v_f32_sel_less_f32_b(error, (float64)tol, zero, one);
       }
       if (form > 0 && t > 1 && (t - 1) % form == 0) {
@@ -106,7 +106,8 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
     error = row_error(s, p) + r.poison;
     store_plan(s, p, r, plan, item);
     store_potentials(s, p, r, f, g, item);
-    rounds = where_positive(r.mass, rounds, r.poison);
+    // None without mass; all of them where something is not finite.
+    rounds = where_positive(r.mass, rounds, v_f32_sel_geq_f32_b(r.poison, zero, zero, rounds));
     v_f32_st_tnsr(place(0, item, 0), report, v_f32_sel_grt_u32_b((uint64)1, V_LANE_ID_32, error, rounds));
   }
 }

@@ -46,7 +46,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
     const float64 with_weights = spread + (of_a.high - of_a.low) + (of_b.high - of_b.low);
     // Bits that a round may move a scaling by; the form is the largest number of rounds that stays within MOST_BITS.
     const float64 bits = v_f32_mul_b((float64)0.0f - of_a.low - of_b.low, (float64)1.44269504f);
-    float64 form = v_f32_mul_b(reciprocal(v_f32_max_b(bits, (float64)1.0f)), (float64)MOST_BITS);
+    float64 form = quotient((float64)MOST_BITS, v_f32_max_b(bits, (float64)1.0f));
     form = v_f32_nearbyint_b(form - 0.5f);
     form = v_f32_max_b(v_f32_min_b(form, (float64)MOST_ROUNDS), (float64)1.0f);
     form = v_f32_sel_leq_f32_b(spread, (float64)MOST_SPREAD,

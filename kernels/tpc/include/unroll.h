@@ -1,0 +1,132 @@
+// The gradient of the rounds that were run, from the history of their scalings (docs/gradients.md, Eqs. 3 and 4).
+//
+// A member redoes the backward of one item, and keeps the gradient of a slice of its column tiles: K and that fit in
+// local memory together. du and dv are the adjoints of log u and log v.
+
+#include "adjoint.h"
+
+// Columns of the slice, and where the gradient of their tiles lies.
+typedef struct {
+  int first, last, at;
+} part;
+
+// dL -= K (x y' + z w'): tiles of the slice, x and z blocks of rows, y and w of columns.
+static void subtract_terms(shape s, part q, int x, int y, int z, int w) {
+  for (int block = 0; block < s.row_blocks; block++) {
+    const int tiles = s.row_tiles - 4 * block;
+    const four xs = spread_rows(local[x + block]), zs = spread_rows(local[z + block]);
+    for (int c = q.first; c < q.last; c++) {
+      const float64 ys = spread_column(local[y + (c >> 4)], c), ws = spread_column(local[w + (c >> 4)], c);
+      const int from = c * s.row_tiles + 4 * block, to = q.at + (c - q.first) * s.row_tiles + 4 * block;
+#define TILE(k) \
+  local[to + k] = v_f32_mac_b(local[from + k], v_f32_mac_b(zs.v##k, ws, v_f32_mul_b(xs.v##k, ys)), local[to + k], SW_NEG);
+      TILE(0)
+      if (tiles > 1) TILE(1)
+      if (tiles > 2) TILE(2)
+      if (tiles > 3) TILE(3)
+#undef TILE
+    }
+  }
+}
+
+static void start_slice(shape s, vectors p, part q, tensor grad_plan, int item) {
+  for (int block = 0; block < s.row_blocks; block++) {
+    const int tiles = s.row_tiles - 4 * block;
+    for (int c = q.first; c < q.last; c++) {
+      const four x = weighed_tiles(s, p, grad_plan, item, block, c);
+      const int to = q.at + (c - q.first) * s.row_tiles + 4 * block;
+      local[to] = x.v0;
+      if (tiles > 1) local[to + 1] = x.v1;
+      if (tiles > 2) local[to + 2] = x.v2;
+      if (tiles > 3) local[to + 3] = x.v3;
+    }
+  }
+}
+
+static void store_slice(shape s, part q, range r, float scale, tensor grad_values, int item) {
+  for (int block = 0; block < s.row_blocks; block++) {
+    const places t = row_places(s, block);
+    for (int c = q.first; c < q.last; c++) {
+      const int from = q.at + (c - q.first) * s.row_tiles;
+      four x;
+#define TILE(k) x.v##k = v_f32_mac_b(local[from + t.t##k], (float64)scale, r.poison);
+      TILE(0) TILE(1) TILE(2) TILE(3)
+#undef TILE
+      store_tiles(s, grad_values, item, block, c, x);
+    }
+  }
+}
+
+void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor history, tensor grad_plan, tensor grad_f,
+          tensor grad_g, tensor grad_values, tensor grad_a, tensor grad_b, float scale, int slice) {
+  const int5 first = get_index_space_offset();
+  const int5 last = get_index_space_size() + first;
+  const float64 always = 1.0f;
+  shape s = shape_of(values);
+  const vectors p = lay_out(&s);
+  const adjoints d = lay_out_adjoints(&s);
+  const int sum_a = p.rows, sum_b = s.next, before = s.next + s.column_blocks;
+  part q;
+  q.at = s.next + 2 * s.column_blocks;
+  for (int item = first[1]; item < last[1]; item++) {
+    load_weights(s, p, a, b, item);
+    const range r = range_of(s, p, values, item, scale, 0);
+    const int form = (int)scalar_of(forms, 0, item), rounds = (int)scalar_of(report, 1, item);
+    for (int member = first[0]; member < last[0]; member++) {
+      q.first = member * slice;
+      q.last = s_i32_min(q.first + slice, s.column_tiles);
+      clear(sum_a, s.row_blocks);
+      clear(sum_b, s.column_blocks);
+      clear(d.du, s.row_blocks);
+      clear(d.dv, s.column_blocks);
+      clear(q.at, (q.last - q.first) * s.row_tiles);
+      for (int t = rounds - 1; t >= 0; t--) {
+        const int folded = form > 0 && t > 1 && (t - 1) % form == 0;      // K, before this round
+        const int refill = t == rounds - 1 || (form > 0 && t > 0 && t % form == 0);  // K differs from the next round's
+        restore_scalings(s, p, history, item, t);
+        if (refill) {
+          restore_folds(s, p, history, item, t, form);
+          fill(s, p, r, values, item, always);
+        }
+        if (t == rounds - 1) {
+          weigh(s, p, d, r, grad_plan, grad_f, grad_g, item);
+          start_slice(s, p, q, grad_plan, item);
+        }
+        // Columns.
+        for (int k = 0; k < s.column_blocks; k++) {
+          const float64 share = share_of(local[d.dv + k], local[p.b + k]);
+          local[sum_b + k] = local[sum_b + k] + share;
+          local[d.wv + k] = v_f32_mul_b(share, local[p.v + k]);
+          local[before + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
+        }
+        if (t > 0 && !folded) restore_columns(s, history, item, t - 1, before);
+        // Rows.
+        for (int k = 0; k < s.row_blocks; k++) {
+          const float64 u = local[p.u + k];
+          const float64 du = v_f32_mac_b(u, times_columns(s, k, d.wv), local[d.du + k], SW_NEG);
+          const float64 share = share_of(du, local[p.a + k]);
+          local[sum_a + k] = local[sum_a + k] + share;
+          local[d.wu + k] = v_f32_mul_b(share, u);
+          local[d.du + k] = 0.0f;
+        }
+        if (form > 0 && t == 0) {  // its rows met K with nothing folded into the columns
+          const int nothing = d.du, none = d.dv;
+          clear(none, s.column_blocks);
+          subtract_terms(s, q, p.u, d.wv, nothing, none);
+          clear(p.log_v, s.column_blocks);
+          fill(s, p, r, values, item, always);
+          subtract_terms(s, q, nothing, none, d.wu, before);
+        } else {
+          subtract_terms(s, q, p.u, d.wv, d.wu, before);
+          for (int k = 0; k < s.column_blocks; k++)
+            local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], times_rows(s, k, d.wu));
+        }
+      }
+      store_slice(s, q, r, scale, grad_values, item);
+      if (member == 0) {
+        for (int k = 0; k < s.row_blocks; k++) store_rows(grad_a, k, item, local[sum_a + k] + r.poison);
+        for (int k = 0; k < s.column_blocks; k++) store_columns(s, grad_b, k, item, local[sum_b + k] + r.poison);
+      }
+    }
+  }
+}
