@@ -146,6 +146,14 @@ def _second_order(
         outputs = solve(lambda s, a, b: scaling(s, a, b, epsilon, num_iters, tol), sign * values, p)
         return tuple(no_infinity(output) for output in outputs[:3])
 
+    return second_order(solution, saved, grads)
+
+
+def second_order(
+    solution: Callable[..., tuple[Tensor, ...]], saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The gradient at ``saved`` (values, a, b, and gradients of the solution) of the gradient of ``solution``."""
+
     def gradient(values: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(solution, values, a, b)[1](outer)
 

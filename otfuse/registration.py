@@ -32,7 +32,7 @@ def register_autograd(
         name: of the op, without namespace; it has one overload and no keyword-only arguments.
         backward, setup_context: as in ``torch.library.register_autograd``.
     """
-    op = getattr(torch.ops.otfuse, name).default
+    op = getattr(getattr(torch.ops, library.ns), name).default
 
     def forward(ctx: Any, *args: Any) -> Tensors:
         # A Function's forward runs under no_grad, which would keep outer transforms from recording this call.
@@ -48,7 +48,7 @@ def register_autograd(
     def kernel(*args: Any) -> Tensors:
         tensors = [value for value in args if isinstance(value, Tensor)]
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(f'otfuse::{name} has no forward-mode derivatives; pass backend="torch"')
+            raise NotImplementedError(f'{library.ns}::{name} has no forward-mode derivatives; pass backend="torch"')
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             with enable_single_level_autograd_function():
                 return function.apply(*args)

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 COMPILERS = ("g++", "clang++", "c++")
+COMPILER = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+HOW_TO_GET_ONE = "install g++"
 FLAGS = (
     "-std=c++17 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fwrapv -fno-exceptions -fno-rtti "
     "-fno-threadsafe-statics -fsanitize=bounds -fPIC -shared -fvisibility=hidden -Wl,--as-needed "
@@ -66,11 +68,6 @@ class Touched(NamedTuple):
     member: tuple[int, ...]  # five coordinates
     loaded: dict[str, tuple[tuple[int, int], ...]]  # by tensor, per dimension, fastest first: lowest and highest
     stored: dict[str, tuple[tuple[int, int], ...]]
-
-
-def compiler() -> str | None:
-    """Path of a C++ compiler, from ``PATH``."""
-    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
 def sources() -> Path:
@@ -291,9 +288,11 @@ def _product(space: Sequence[int]) -> list[tuple[int, ...]]:
 
 def _library(path: Path, defines: tuple[str, ...], count: bool, other: bool) -> Path:
     """The compiled kernel, from the cache where it is there."""
-    found = compiler()
+    found = COMPILER
     if found is None:
-        raise EmulatorError(path.stem, "compiler", f"no C++ compiler was found ({', '.join(COMPILERS)}); install g++")
+        raise EmulatorError(
+            path.stem, "compiler", f"there is no C++ compiler ({', '.join(COMPILERS)}); {HOW_TO_GET_ONE}"
+        )
     flags = [*FLAGS, "-D__TPC__", *(f"-D{define}" for define in defines)]
     flags += ["-DOTFUSE_TPC_COUNT"] if count else []
     flags += ["-DOTFUSE_TPC_VARIANT"] if other else []

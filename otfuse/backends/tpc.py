@@ -1,8 +1,38 @@
-"""TPC-C kernels for Intel Gaudi."""
+"""TPC-C kernels for Intel Gaudi: an item's kernel matrix stays in a core's local memory for all rounds.
+
+The matrix products around the solve are ``torch.bmm`` in the same graph, for the machine's matrix engine. On a Gaudi
+the built library runs behind the ops of ``otfuse.tpc_ops``; on CPU tensors, when asked for by name, the same sources run
+in a host emulator (``_tpc_emulator``): slow, and for tests.
+
+Letters: B batch, N rows, M columns.
+"""
 
 from __future__ import annotations
 
-from otfuse.backends.base import Backend, is_installed
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result
+
+from otfuse import attention, ops, tpc_ops
+from otfuse.attention import Marginals
+from otfuse.backends import _tpc_emulator as emulator
+from otfuse.backends import _tpc_library as built
+from otfuse.backends.base import Backend, Solution, is_installed
+from otfuse.problem import Problem, SinkhornOutput, dtype_name
+
+__all__ = ["TpcBackend", "is_installed"]
+
+SMALL = 8  # the longest side of items that are solved a lane each
+
+# The range of log K up to which an item can be solved by scalings alone, whatever its values: with uniform weights,
+# and with weights that are passed (kernels/tpc/include/survey.h looks at an item's own).
+SAFE_RANGE, SAFE_RANGE_WITH_WEIGHTS = 40.0, 20.0
+FOLD_EVERY, FOLD_EVERY_WITH_WEIGHTS = 8, 1  # rounds, where nothing is known of the range
+
+built.prepare()
 
 
 class TpcBackend(Backend):
@@ -10,7 +40,115 @@ class TpcBackend(Backend):
     device = "hpu"
 
     def unavailable(self) -> list[str]:
-        reasons = ["this version of otfuse has no TPC kernels yet"]
-        if not is_installed("habana_frameworks"):
-            reasons.append("habana_frameworks is not installed (it comes with Intel's Gaudi containers)")
+        return built.unavailable()
+
+    def why_not(self, problem: Problem) -> list[str]:
+        if problem.values.device.type != "cpu":
+            return super().why_not(problem)
+        missing = [] if emulator.COMPILER else [f"no C++ compiler for the emulator ({emulator.HOW_TO_GET_ONE})"]
+        return missing + self.unsupported(problem)
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        reasons = [] if problem.values.device.type == "cpu" else super().unsupported(problem)
+        if problem.solve_dtype == torch.float64:
+            reasons.append(f"dtype {dtype_name(torch.float64)} (has float32, bfloat16, float16)")
+        _, N, M = problem.shape
+        if not tpc_ops.fits(N, M, problem.grad):
+            reasons.append(
+                f'a kernel matrix of {N} x {M} does not fit in local memory with grad="{problem.grad}" (80 KB; '
+                "64 x 256 and 128 x 128 do)"
+            )
         return reasons
+
+    def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
+        return self._solve(similarity, 1 / problem.epsilon, p, problem)
+
+    def solve_cost(self, cost: Tensor, p: Marginals, problem: Problem) -> Solution:
+        return self._solve(cost, -1 / problem.epsilon, p, problem)
+
+    def sinkhorn(self, problem: Problem) -> SinkhornOutput:
+        assert problem.cost is not None
+        # The kernels widen bfloat16 themselves.
+        cost = problem.cost if problem.cost.dtype == torch.bfloat16 else attention.solve_precision(problem.cost)
+        solution = self.solve_cost(cost, attention.marginals(problem), problem)
+        return SinkhornOutput(*solution._replace(plan=solution.plan.to(problem.cost.dtype)))
+
+    def _solve(self, values: Tensor, scale: float, p: Marginals, problem: Problem) -> Solution:
+        if values.device.type == "hpu":
+            _load()
+        a, b, tol = p.a, p.b, -1.0 if problem.tol is None else problem.tol
+        if problem.grad == "detach":
+            values, a, b = values.detach(), a.detach(), b.detach()
+        if values.shape[0] == 0:  # nothing to launch
+            return Solution(values, a, b, a.new_empty(0), a.new_empty(0, dtype=torch.int32))
+        wanted = torch.is_grad_enabled() and problem.grad != "detach"
+        if not wanted and max(values.shape[1:]) <= SMALL:
+            return _solve_small(values, a, b, scale, tol, problem)
+        inputs = (values.mT.contiguous(), a.contiguous(), b.contiguous())
+        inputs = (*inputs, _form(inputs, scale, problem))
+        options = (scale, problem.num_iters, tol)
+        implicit = problem.grad == "implicit"
+        if wanted and (implicit or any(t.requires_grad for t in inputs)):
+            kept = tpc_ops.history_slots(problem.num_iters, implicit)
+            op = torch.ops.otfuse_tpc.sinkhorn_history.default
+            plan, f, g, report = ops.call(op, *inputs, *options, kept)[:4]
+        else:
+            plan, f, g, report = ops.call(torch.ops.otfuse_tpc.sinkhorn.default, *inputs, *options)
+        return Solution(plan.mT, f, g, report[:, 0], _counted(report[:, 1], problem))
+
+
+def _solve_small(values: Tensor, a: Tensor, b: Tensor, scale: float, tol: float, problem: Problem) -> Solution:
+    """An item a lane."""
+    inputs = (values.permute(1, 2, 0).contiguous(), a.mT.contiguous(), b.mT.contiguous())
+    fold_every = FOLD_EVERY if _is_uniform(problem) else FOLD_EVERY_WITH_WEIGHTS
+    fold_every = 0 if _is_safe(problem) else fold_every
+    op = torch.ops.otfuse_tpc.small.default
+    plan, f, g, report = ops.call(op, *inputs, scale, problem.num_iters, tol, fold_every)
+    return Solution(plan.permute(2, 0, 1), f.mT, g.mT, report[0], _counted(report[1], problem))
+
+
+def _form(inputs: tuple[Tensor, ...], scale: float, problem: Problem) -> Tensor:
+    """How each item is to be solved: zero for scalings alone, as its own range of values allows."""
+    values, a, b = inputs
+    if _is_safe(problem):
+        return a.new_zeros(a.shape[0], 1)
+    return torch.ops.otfuse_tpc.survey(values.detach(), a.detach(), b.detach(), scale)
+
+
+def _is_uniform(problem: Problem) -> bool:
+    return all(weights is None or weights.dtype == torch.bool for weights in (problem.a, problem.b))
+
+
+def _is_safe(problem: Problem) -> bool:
+    """Whether the range of every item is known to be small without a look at its values."""
+    bound = problem.similarity_bound
+    safe = SAFE_RANGE if _is_uniform(problem) else SAFE_RANGE_WITH_WEIGHTS
+    return bound is not None and 2 * bound / problem.epsilon <= safe
+
+
+def _counted(rounds: Tensor, problem: Problem) -> Tensor:
+    """Rounds as the kernels count them, in floats, NaN where a weight is."""
+    return torch.where(torch.isnan(rounds), problem.num_iters, rounds).to(torch.int32)
+
+
+_load = assume_constant_result(built.load)
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    """A kernel in the emulator, as an op's implementation."""
+
+    def launch(*args: Any) -> Any:
+        tensors = [value.contiguous() for value in args if isinstance(value, Tensor)]
+        outputs, sizes = tpc_ops.new_outputs(name, args)
+        if sizes["B"]:
+            dtype = "bf16" if tensors[0].dtype == torch.bfloat16 else "f32"
+            kernel = emulator.kernel(f"gaudi2/{name}_{dtype}.c", ("__gaudi2__",))
+            space = tpc_ops.KERNELS[name].index_space(sizes)
+            kernel.run([*tensors, *outputs], args[len(tensors) :], space, len(outputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return launch
+
+
+for _name in tpc_ops.KERNELS:
+    tpc_ops.library.impl(_name, _launcher(_name), "CPU")
