@@ -1,0 +1,1 @@
+#include "../include/implicit.h"
