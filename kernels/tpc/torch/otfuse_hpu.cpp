@@ -100,8 +100,7 @@ const Kernel& kernel_of(const c10::OperatorHandle& op) {
 }
 
 at::Stack take_arguments(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-    at::Stack arguments = torch::jit::pop(*stack, op.schema().arguments().size());
-    return arguments;
+    return torch::jit::pop(*stack, op.schema().arguments().size());
 }
 
 void run_on_hpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -129,21 +128,21 @@ void shapes_on_meta(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 }  // namespace
 
-TORCH_LIBRARY(otfuse_tpc, library) {
+// otfuse's Python defines the same ops, with shapes of its own, where it was imported first.
+TORCH_LIBRARY_FRAGMENT(otfuse_tpc, library) {
     for (const Kernel& kernel : otfuse::kernels()) {
+        if (c10::Dispatcher::singleton().findSchema({kernel.op(), ""})) continue;
         library.def(torch::schema(schema(kernel).c_str()));
-        habana::custom_op::registerUserCustomOp(
-            kernel.op(), kernel.guid(), [&kernel](const at::Stack& stack) { return output_meta(kernel, stack); },
-            [&kernel](const at::Stack& stack, size_t& bytes) { return fill_params(kernel, stack, bytes); });
+        auto shapes = torch::CppFunction::makeFromBoxedFunction<&shapes_on_meta>();
+        library.impl(kernel.name, torch::dispatch(c10::DispatchKey::Meta, std::move(shapes)));
     }
 }
 
 TORCH_LIBRARY_IMPL(otfuse_tpc, HPU, library) {
-    for (const Kernel& kernel : otfuse::kernels())
+    for (const Kernel& kernel : otfuse::kernels()) {
         library.impl(kernel.name, torch::CppFunction::makeFromBoxedFunction<&run_on_hpu>());
-}
-
-TORCH_LIBRARY_IMPL(otfuse_tpc, Meta, library) {
-    for (const Kernel& kernel : otfuse::kernels())
-        library.impl(kernel.name, torch::CppFunction::makeFromBoxedFunction<&shapes_on_meta>());
+        habana::custom_op::registerUserCustomOp(
+            kernel.op(), kernel.guid(), [&kernel](const at::Stack& stack) { return output_meta(kernel, stack); },
+            [&kernel](const at::Stack& stack, size_t& bytes) { return fill_params(kernel, stack, bytes); });
+    }
 }
