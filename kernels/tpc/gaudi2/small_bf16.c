@@ -1,0 +1,2 @@
+#define BFLOAT16
+#include "../include/small.h"

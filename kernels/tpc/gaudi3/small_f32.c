@@ -1,0 +1,1 @@
+#include "../include/small.h"
