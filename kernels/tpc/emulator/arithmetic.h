@@ -17,14 +17,25 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
+// The processor flushes what it computes, not what it moves.
+inline float flushed(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, 4);
+    if ((bits & 0x7F800000) == 0) bits &= 0x80000000;
+    std::memcpy(&a, &bits, 4);
+    return a;
+}
+
 // What comes of a NaN is not documented: one variant passes it on, the other takes the other operand.
+inline float with_nan(float a, float b, float chosen) {
 #ifdef OTFUSE_TPC_VARIANT
-inline float larger(float a, float b) { return a != a ? b : b != b ? a : a > b ? a : b; }
-inline float smaller(float a, float b) { return a != a ? b : b != b ? a : a < b ? a : b; }
+    return a != a ? b : b != b ? a : chosen;
 #else
-inline float larger(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
-inline float smaller(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
+    return a != a ? a : b != b ? b : chosen;
 #endif
+}
+inline float larger(float a, float b) { return flushed(with_nan(a, b, a > b ? a : b)); }
+inline float smaller(float a, float b) { return flushed(with_nan(a, b, a < b ? a : b)); }
 
 // Nor what comes of a float outside int32.
 inline int32_t to_int(float a) {
@@ -45,19 +56,18 @@ inline float magnitude(float a) {
 }
 
 inline uint16_t to_bf16(float a) {
+    a = flushed(a);
     uint32_t bits;
     std::memcpy(&bits, &a, 4);
     if (a != a) return (uint16_t)(bits >> 16 | 0x40);
-    if ((bits & 0x7F800000) == 0) bits &= 0x80000000;  // subnormals are flushed
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 inline float from_bf16(uint16_t a) {
-    uint32_t bits = (uint32_t)a << 16;
-    if ((bits & 0x7F800000) == 0) bits &= 0x80000000;
+    const uint32_t bits = (uint32_t)a << 16;
     float f;
     std::memcpy(&f, &bits, 4);
-    return f;
+    return flushed(f);
 }
 
 template <class V> void choose(V& r, const V& income, const bool64& predicate, bool polarity) {
