@@ -29,7 +29,7 @@ static four plan_tiles(shape s, vectors p, int block, int c) {
   const four u = spread_rows(local[p.u + block]);
   const float64 v = spread_column(local[p.v + (c >> 4)], c);
   four x;
-#define TILE(k) x.v##k = v_f32_mul_b(v_f32_mul_b(local[c * s.row_tiles + t.t##k], u.v##k), v);
+#define TILE(k) x.v##k = v_f32_mul_b(v_f32_mul_b(local[s.matrix + c * s.row_tiles + t.t##k], u.v##k), v);
   TILE(0) TILE(1) TILE(2) TILE(3)
 #undef TILE
   return x;
@@ -69,7 +69,7 @@ static void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, ten
       s2 = s2 + x.v2;
       s3 = s3 + x.v3;
     }
-    const float64 sums = v_f32_mac_b(load_rows(grad_f, block, item), epsilon, FOLD_ROWS(SUM, s0, s1, s2, s3));
+    const float64 sums = v_f32_mac_b(load_rows(grad_f, block, item), epsilon, fold_rows_of(SUM, s0, s1, s2, s3));
     local[d.du + block] = where_positive(local[p.a + block], sums, (float64)0.0f);
   }
   for (int block = 0; block < s.column_blocks; block++) {
@@ -79,11 +79,11 @@ static void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, ten
 #define QUAD(quad)                                                                                                \
   z[quad] = 0.0f;                                                                                                 \
   if (4 * quad < tiles)                                                                                           \
-    z[quad] = FOLD_COLUMNS(SUM, TILES(4 * quad), TILES(4 * quad + 1), TILES(4 * quad + 2), TILES(4 * quad + 3));
+    z[quad] = fold_quad(s.by, SUM, TILES(4 * quad), TILES(4 * quad + 1), TILES(4 * quad + 2), TILES(4 * quad + 3));
     QUAD(0) QUAD(1) QUAD(2) QUAD(3)
 #undef QUAD
 #undef TILES
-    const float64 folded = FOLD_COLUMN_QUADS(SUM, z[0], z[1], z[2], z[3]);
+    const float64 folded = fold_quads(s.by, SUM, z[0], z[1], z[2], z[3]);
     const float64 sums = v_f32_mac_b(load_columns(s, grad_g, block, item), epsilon, folded);
     local[d.dv + block] = where_positive(local[p.b + block], sums, (float64)0.0f);
   }

@@ -16,7 +16,7 @@ typedef struct {
 static float64 dot(shape s, int x, int y) {
   float64 sum = 0.0f;
   for (int k = 0; k < s.column_blocks; k++) sum = v_f32_mac_b(local[x + k], local[y + k], sum);
-  return sum_of_lanes(sum);
+  return over_all_lanes(s.by, SUM, sum);
 }
 
 // K := the plan.
@@ -25,7 +25,7 @@ static void fill_plan(shape s, vectors p) {
     const int tiles = s.row_tiles - 4 * block;
     for (int c = 0; c < s.column_tiles; c++) {
       const four x = plan_tiles(s, p, block, c);
-      const int to = c * s.row_tiles + 4 * block;
+      const int to = s.matrix + c * s.row_tiles + 4 * block;
       local[to] = x.v0;
       if (tiles > 1) local[to + 1] = x.v1;
       if (tiles > 2) local[to + 2] = x.v2;
@@ -75,7 +75,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f, zero = 0.0f;
-  shape s = shape_of(values);
+  shape s = shape_of(values, 0);
   const vectors p = lay_out(&s);
   const adjoints d = lay_out_adjoints(&s);
   const int slot = get_dim_size(history, 1) - 1;
@@ -117,7 +117,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
         four x = load_tiles(s, grad_plan, item, block, c, always, always, always, zero);
 #define TILE(k)                                                                                   \
   {                                                                                               \
-    const float64 plan = local[c * s.row_tiles + t.t##k];                                         \
+    const float64 plan = local[s.matrix + c * s.row_tiles + t.t##k];                                         \
     const float64 weighed = v_f32_mul_b(plan, x.v##k - (lambda.v##k + mu));                       \
     x.v##k = v_f32_mac_b(where_positive(plan, weighed, zero), (float64)scale, r.poison);          \
   }

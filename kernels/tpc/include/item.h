@@ -16,11 +16,13 @@ typedef struct {
   int N, M;
   int row_tiles, column_tiles;    // ceil(N / 16), ceil(M / 4)
   int row_blocks, column_blocks;  // ceil(N / 64), ceil(column_tiles / 16)
-  int next;                       // the first vector of local memory that is free
+  int matrix;                     // where the kernel matrix lies in local memory
+  int next;                       // the first vector that is free
+  selectors by;
 } shape;
 
-// Matrices lie at the start of local memory, tile (r, c) of the first at c row_tiles + r.
-static shape shape_of(tensor values) {
+// Tile (r, c) of the matrix lies at matrix + c row_tiles + r.
+static shape shape_of(tensor values, int matrix) {
   shape s;
   s.N = get_dim_size(values, 0);
   s.M = get_dim_size(values, 1);
@@ -28,7 +30,9 @@ static shape shape_of(tensor values) {
   s.column_tiles = (s.M + 3) >> 2;
   s.row_blocks = (s.N + 63) >> 6;
   s.column_blocks = (s.column_tiles + 15) >> 4;
-  s.next = s.row_tiles * s.column_tiles;
+  s.matrix = matrix;
+  s.next = matrix + s.row_tiles * s.column_tiles;
+  s.by = make_selectors();
   return s;
 }
 
@@ -95,10 +99,10 @@ static places row_places(shape s, int block) {
 }
 static places column_places(shape s, int tile) {
   places p;
-  p.t0 = tile * s.row_tiles;
-  p.t1 = s_i32_min(tile + 1, s.column_tiles - 1) * s.row_tiles;
-  p.t2 = s_i32_min(tile + 2, s.column_tiles - 1) * s.row_tiles;
-  p.t3 = s_i32_min(tile + 3, s.column_tiles - 1) * s.row_tiles;
+  p.t0 = s.matrix + tile * s.row_tiles;
+  p.t1 = s.matrix + s_i32_min(tile + 1, s.column_tiles - 1) * s.row_tiles;
+  p.t2 = s.matrix + s_i32_min(tile + 2, s.column_tiles - 1) * s.row_tiles;
+  p.t3 = s.matrix + s_i32_min(tile + 3, s.column_tiles - 1) * s.row_tiles;
   return p;
 }
 
@@ -133,7 +137,7 @@ static float64 times_columns(shape s, int block, int w) {
 #undef COLUMN
     }
   }
-  return FOLD_ROWS(SUM, s0, s1, s2, s3);
+  return fold_rows_of(SUM, s0, s1, s2, s3);
 }
 
 // Sums over the rows, sum_i K_ij w_i, for the columns of a block; w are the row blocks at `w`.
@@ -149,7 +153,7 @@ static float64 times_rows(shape s, int block, int w) {
       const four x = spread_rows(local[w + k]);                                                     \
       COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3)                                                       \
     }                                                                                               \
-    z[quad] = FOLD_COLUMNS(SUM, s0, s1, s2, s3);                                                    \
+    z[quad] = fold_quad(s.by, SUM, s0, s1, s2, s3);                                                    \
   } else {                                                                                          \
     z[quad] = 0.0f;                                                                                 \
   }
@@ -161,7 +165,7 @@ static float64 times_rows(shape s, int block, int w) {
   QUAD(0) QUAD(1) QUAD(2) QUAD(3)
 #undef COLUMN
 #undef QUAD
-  return FOLD_COLUMN_QUADS(SUM, z[0], z[1], z[2], z[3]);
+  return fold_quads(s.by, SUM, z[0], z[1], z[2], z[3]);
 }
 
 // ---- values to tiles and back

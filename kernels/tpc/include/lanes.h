@@ -34,47 +34,72 @@ static float64 reverse_lanes(float64 x) {
   return v_f32_shuffle_b(x, (uchar256)(source_lane(reversed_lane()) | ENABLE), 0, x);
 }
 
-#define SUM(x, y) v_f32_add_b(x, y)
-#define LARGER(x, y) v_f32_max_b(x, y)
+// How lanes are put together: added up, or the larger one kept. A constant wherever it is used.
+#define SUM 0
+#define LARGEST 1
+static float64 joined(int how, float64 x, float64 y) { return how == SUM ? v_f32_add_b(x, y) : v_f32_max_b(x, y); }
 
 // Two vectors become one, each reduced by half: a fills the dual groups, groups or lanes named first, b the others.
-#define FOLD_32(reduce, a, b)                                          \
-  reduce(MOVE_DUAL_GROUPS(a, 2, 3, 0, 0, MkWrA(3, 3, 0, 0), b), \
-         MOVE_DUAL_GROUPS(b, 0, 0, 0, 1, MkWrA(0, 0, 3, 3), a))
-#define FOLD_16(reduce, a, b)                                          \
-  reduce(MOVE_DUAL_GROUPS(a, 1, 0, 3, 0, MkWrA(3, 0, 3, 0), b), \
-         MOVE_DUAL_GROUPS(b, 0, 0, 0, 2, MkWrA(0, 3, 0, 3), a))
-#define FOLD_8(reduce, a, b)                                                          \
-  reduce(v_f32_mov_group_b(a, EVERY_LANE, SW_GROUP0_EN | EVERY_DUAL_GROUP, b), \
-         v_f32_mov_group_b(b, EVERY_LANE, SW_GROUP1_EN | EVERY_DUAL_GROUP, a))
-#define FOLD_LANES(reduce, a, b, bit, shift)                          \
-  reduce(v_f32_shuffle_b(a, partner_if_clear(bit, shift), 0, b), \
-         v_f32_shuffle_b(b, partner_if_set(bit, shift), 0, a))
+static float64 fold_32(int how, float64 a, float64 b) {
+  return joined(how, MOVE_DUAL_GROUPS(a, 2, 3, 0, 0, MkWrA(3, 3, 0, 0), b),
+                MOVE_DUAL_GROUPS(b, 0, 0, 0, 1, MkWrA(0, 0, 3, 3), a));
+}
+static float64 fold_16(int how, float64 a, float64 b) {
+  return joined(how, MOVE_DUAL_GROUPS(a, 1, 0, 3, 0, MkWrA(3, 0, 3, 0), b),
+                MOVE_DUAL_GROUPS(b, 0, 0, 0, 2, MkWrA(0, 3, 0, 3), a));
+}
+static float64 fold_8(int how, float64 a, float64 b) {
+  return joined(how, v_f32_mov_group_b(a, EVERY_LANE, SW_GROUP0_EN | EVERY_DUAL_GROUP, b),
+                v_f32_mov_group_b(b, EVERY_LANE, SW_GROUP1_EN | EVERY_DUAL_GROUP, a));
+}
+static float64 fold_lanes(int how, float64 a, float64 b, uchar256 if_clear, uchar256 if_set) {
+  return joined(how, v_f32_shuffle_b(a, if_clear, 0, b), v_f32_shuffle_b(b, if_set, 0, a));
+}
+
+// The selectors of the folds, made once.
+typedef struct {
+  uchar256 all4, clear4, set4, all2, clear2, set2, all1, clear1, set1;
+} selectors;
+static selectors make_selectors() {
+  selectors by;
+  by.all4 = partner(4);
+  by.clear4 = partner_if_clear(4, 2);
+  by.set4 = partner_if_set(4, 2);
+  by.all2 = partner(2);
+  by.clear2 = partner_if_clear(2, 1);
+  by.set2 = partner_if_set(2, 1);
+  by.all1 = partner(1);
+  by.clear1 = partner_if_clear(1, 0);
+  by.set1 = partner_if_set(1, 0);
+  return by;
+}
 
 // Four vectors, one for each row tile, to one: dual group k holds vector k reduced over the dual groups.
-#define FOLD_ROWS(reduce, s0, s1, s2, s3) FOLD_16(reduce, FOLD_32(reduce, s0, s2), FOLD_32(reduce, s1, s3))
-
-// Four vectors to one, reduced within the dual groups down to four lanes: FOLD_COLUMN_QUADS does the rest.
-#define FOLD_COLUMNS(reduce, s0, s1, s2, s3) \
-  FOLD_LANES(reduce, FOLD_8(reduce, s0, s1), FOLD_8(reduce, s2, s3), 4, 2)
-#define FOLD_COLUMN_QUADS(reduce, z0, z1, z2, z3) \
-  FOLD_LANES(reduce, FOLD_LANES(reduce, z0, z1, 2, 1), FOLD_LANES(reduce, z2, z3, 2, 1), 1, 0)
-
-// Every lane gets the sum (the largest) of all 64.
-#define OVER_ALL_LANES(reduce, x)                                                                       \
-  x = reduce(x, MOVE_DUAL_GROUPS(x, 2, 3, 0, 1, MkWrA(3, 3, 3, 3), x));                                 \
-  x = reduce(x, MOVE_DUAL_GROUPS(x, 1, 0, 3, 2, MkWrA(3, 3, 3, 3), x));                                 \
-  x = reduce(x, v_f32_mov_group_b(x, EVERY_LANE, BOTH_GROUPS | EVERY_DUAL_GROUP, x));                   \
-  x = reduce(x, v_f32_shuffle_b(x, partner(4), 0, x));                                                  \
-  x = reduce(x, v_f32_shuffle_b(x, partner(2), 0, x));                                                  \
-  x = reduce(x, v_f32_shuffle_b(x, partner(1), 0, x));
-static float64 sum_of_lanes(float64 x) {
-  OVER_ALL_LANES(SUM, x)
-  return x;
+static float64 fold_rows_of(int how, float64 s0, float64 s1, float64 s2, float64 s3) {
+  return fold_16(how, fold_32(how, s0, s2), fold_32(how, s1, s3));
 }
-static float64 largest_lane(float64 x) {
-  OVER_ALL_LANES(LARGER, x)
-  return x;
+
+// Four vectors to one, reduced within the dual groups down to four lanes; four such vectors to one: their columns.
+static float64 fold_quad(selectors by, int how, float64 s0, float64 s1, float64 s2, float64 s3) {
+  return fold_lanes(how, fold_8(how, s0, s1), fold_8(how, s2, s3), by.clear4, by.set4);
+}
+static float64 fold_quads(selectors by, int how, float64 z0, float64 z1, float64 z2, float64 z3) {
+  const float64 y0 = fold_lanes(how, z0, z1, by.clear2, by.set2), y1 = fold_lanes(how, z2, z3, by.clear2, by.set2);
+  return fold_lanes(how, y0, y1, by.clear1, by.set1);
+}
+
+// Every lane gets what its dual group comes to over a bit of the lane's number, or all 64.
+static float64 over_groups(int how, float64 x) {
+  return joined(how, x, v_f32_mov_group_b(x, EVERY_LANE, BOTH_GROUPS | EVERY_DUAL_GROUP, x));
+}
+static float64 over_partners(int how, float64 x, uchar256 all) { return joined(how, x, v_f32_shuffle_b(x, all, 0, x)); }
+static float64 over_all_lanes(selectors by, int how, float64 x) {
+  x = joined(how, x, MOVE_DUAL_GROUPS(x, 2, 3, 0, 1, MkWrA(3, 3, 3, 3), x));
+  x = joined(how, x, MOVE_DUAL_GROUPS(x, 1, 0, 3, 2, MkWrA(3, 3, 3, 3), x));
+  x = over_groups(how, x);
+  x = over_partners(how, x, by.all4);
+  x = over_partners(how, x, by.all2);
+  return over_partners(how, x, by.all1);
 }
 
 // A 4 x 4 transposition of dual groups, its own inverse: dual group d of vector k becomes dual group k of vector d.

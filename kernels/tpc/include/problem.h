@@ -58,9 +58,9 @@ static range range_of(shape s, vectors p, tensor values, int item, float scale, 
       poison = v_f32_mac_b(x.v3, (float64)0.0f, poison);
     }
   }
-  r.shift = largest_lane(largest);
-  r.poison = sum_of_lanes(poison);
-  r.mass = largest_lane(mass);
+  r.shift = over_all_lanes(s.by, LARGEST, largest);
+  r.poison = over_all_lanes(s.by, SUM, poison);
+  r.mass = over_all_lanes(s.by, LARGEST, mass);
   return r;
 }
 
@@ -81,7 +81,7 @@ static void fill(shape s, vectors p, range r, tensor values, int item, float64 r
   for (int block = 0; block < s.row_blocks; block++) {
     for (int c = 0; c < s.column_tiles; c++) {
       const four x = log_tiles(s, p, r, values, item, block, c);
-      const int tile = c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
+      const int tile = s.matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
 #define TILE(k) local[tile + k] = where_positive(renewed, exponential(x.v##k), local[tile + k]);
       TILE(0)
       if (tiles > 1) TILE(1)
@@ -140,7 +140,7 @@ static void lift_rows(shape s, vectors p, range r, tensor values, int item) {
       m2 = v_f32_max_b(m2, x.v2);
       m3 = v_f32_max_b(m3, x.v3);
     }
-    const float64 most = FOLD_ROWS(LARGER, m0, m1, m2, m3);
+    const float64 most = fold_rows_of(LARGEST, m0, m1, m2, m3);
     local[p.log_u + block] = where_positive(local[p.a + block], local[p.log_u + block] - most, (float64)0.0f);
   }
 }
@@ -158,11 +158,11 @@ static void lift_columns(shape s, vectors p, range r, tensor values, int item) {
   for (int block = 0; block < s.column_blocks; block++) {
     float64 z[4];
 #define MOST(i) largest_of_tiles(s, p, r, values, item, 16 * block + i)
-#define QUAD(quad) z[quad] = FOLD_COLUMNS(LARGER, MOST(4 * quad), MOST(4 * quad + 1), MOST(4 * quad + 2), MOST(4 * quad + 3));
+#define QUAD(quad) z[quad] = fold_quad(s.by, LARGEST, MOST(4 * quad), MOST(4 * quad + 1), MOST(4 * quad + 2), MOST(4 * quad + 3));
     QUAD(0) QUAD(1) QUAD(2) QUAD(3)
 #undef QUAD
 #undef MOST
-    const float64 most = FOLD_COLUMN_QUADS(LARGER, z[0], z[1], z[2], z[3]);
+    const float64 most = fold_quads(s.by, LARGEST, z[0], z[1], z[2], z[3]);
     local[p.log_v + block] = where_positive(local[p.b + block], local[p.log_v + block] - most, (float64)0.0f);
   }
 }

@@ -33,7 +33,7 @@ static float64 row_error(shape s, vectors p) {
   float64 error = 0.0f;
   for (int k = 0; k < s.row_blocks; k++)
     error = error + v_f32_abs_b(v_f32_mul_b(local[p.u + k], local[p.rows + k]) - local[p.a + k]);
-  return sum_of_lanes(error);
+  return over_all_lanes(s.by, SUM, error);
 }
 
 static void store_plan(shape s, vectors p, range r, tensor plan, int item) {
@@ -43,7 +43,7 @@ static void store_plan(shape s, vectors p, range r, tensor plan, int item) {
     for (int c = 0; c < s.column_tiles; c++) {
       const float64 v = spread_column(local[p.v + (c >> 4)], c);
       four x;
-#define TILE(k) x.v##k = v_f32_mac_b(v_f32_mul_b(local[c * s.row_tiles + t.t##k], u.v##k), v, r.poison);
+#define TILE(k) x.v##k = v_f32_mac_b(v_f32_mul_b(local[s.matrix + c * s.row_tiles + t.t##k], u.v##k), v, r.poison);
       TILE(0) TILE(1) TILE(2) TILE(3)
 #undef TILE
       store_tiles(s, plan, item, block, c, x);
@@ -68,7 +68,7 @@ static void store_potentials(shape s, vectors p, range r, tensor f, tensor g, in
 void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
-  shape s = shape_of(values);
+  shape s = shape_of(values, 0);
   const vectors p = lay_out(&s);
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);

@@ -19,7 +19,7 @@
 typedef struct {
   float64 low, high;
 } ends;
-static ends ends_of(int first, int blocks) {
+static ends ends_of(shape s, int first, int blocks) {
   float64 low = LEAST, high = LEAST;
   for (int k = 0; k < blocks; k++) {
     const float64 weight = local[first + k], logarithms = logarithm(weight);
@@ -27,21 +27,21 @@ static ends ends_of(int first, int blocks) {
     high = v_f32_max_b(high, where_positive(weight, logarithms, (float64)LEAST));
   }
   ends e;
-  e.low = (float64)0.0f - largest_lane(low);
-  e.high = largest_lane(high);
+  e.low = (float64)0.0f - over_all_lanes(s.by, LARGEST, low);
+  e.high = over_all_lanes(s.by, LARGEST, high);
   return e;
 }
 
 void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
-  shape s = shape_of(values);
+  shape s = shape_of(values, 0);
   s.next = 0;  // no matrix here
   const vectors p = lay_out(&s);
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);
     const range high = range_of(s, p, values, item, scale, 0), low = range_of(s, p, values, item, scale, 1);
-    const ends of_a = ends_of(p.a, s.row_blocks), of_b = ends_of(p.b, s.column_blocks);
+    const ends of_a = ends_of(s, p.a, s.row_blocks), of_b = ends_of(s, p.b, s.column_blocks);
     const float64 spread = v_f32_mul_b(high.shift + low.shift, high.size);
     const float64 with_weights = spread + (of_a.high - of_a.low) + (of_b.high - of_b.low);
     // Bits that a round may move a scaling by; the form is the largest number of rounds that stays within MOST_BITS.

@@ -17,7 +17,7 @@ static void subtract_terms(shape s, part q, int x, int y, int z, int w) {
     const four xs = spread_rows(local[x + block]), zs = spread_rows(local[z + block]);
     for (int c = q.first; c < q.last; c++) {
       const float64 ys = spread_column(local[y + (c >> 4)], c), ws = spread_column(local[w + (c >> 4)], c);
-      const int from = c * s.row_tiles + 4 * block, to = q.at + (c - q.first) * s.row_tiles + 4 * block;
+      const int from = s.matrix + c * s.row_tiles + 4 * block, to = q.at + (c - q.first) * s.row_tiles + 4 * block;
 #define TILE(k) \
   local[to + k] = v_f32_mac_b(local[from + k], v_f32_mac_b(zs.v##k, ws, v_f32_mul_b(xs.v##k, ys)), local[to + k], SW_NEG);
       TILE(0)
@@ -62,7 +62,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f;
-  shape s = shape_of(values);
+  shape s = shape_of(values, 0);
   const vectors p = lay_out(&s);
   const adjoints d = lay_out_adjoints(&s);
   const int sum_a = p.rows, sum_b = s.next, before = s.next + s.column_blocks;
