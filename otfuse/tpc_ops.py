@@ -2,8 +2,8 @@
 
 One op of the namespace ``otfuse_tpc`` for each kernel of ``kernels/tpc``: tensors in the kernel's order, then its
 scalars, and the outputs come back. What runs behind them is the emulator on CPU tensors and the built library on a
-Gaudi's. ``sinkhorn_history`` is differentiable, by the kernels ``unroll`` and ``implicit``, and ``unroll`` again, by way
-of plain PyTorch.
+Gaudi's. ``sinkhorn_history`` is differentiable, by the kernels ``unroll`` and ``implicit``, and ``unroll`` again, by
+way of plain PyTorch.
 
 Letters: B items, N rows, M columns, T rounds, K rounds kept, H numbers of a kept round. Matrices come transposed,
 [B, M, N]: the kernels' lanes run along the rows.

@@ -86,8 +86,8 @@ def groups(a, enabled, dual, income):
     return np.where(chosen, moved, income.reshape(4, 2, 8)).reshape(64)
 
 
-# (expression, formula of the lanes). Floats a, b, c, i (income); int32 m, n, k; uint32 views of m and n are mu, nu; mask
-# q is where m is odd; p is the scalar predicate, z the polarity. The formula may use `v`: whether it is the other variant.
+# Expression and formula of the lanes. Floats a, b, c, i (income); int32 m, n, k; uint32 views of m and n are mu, nu;
+# mask q is where m is odd; p is the scalar predicate, z the polarity. v: whether this is the other variant.
 FLOATS = {
     "v_f32_mov_b(a, 0, i, p, z)": lambda a, **_: a,
     "v_f32_abs_b(a, 0, i, p, z)": lambda a, **_: np.abs(a),
@@ -232,7 +232,23 @@ def lanes():
     """Numbers of every kind; products and sums of a, b, c and i are exact in float64 but for the special ones."""
     generator = np.random.default_rng(0)
     floats = generator.uniform(1, 2, (4, 64)).astype(np.float32) * generator.choice([-1, 1], (4, 64))
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3e38, 2.5, -0.5, 1.5, 2**31, -(2.0**31), 1e-38, 65536.5]
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1e-40,
+        -1e-40,
+        3e38,
+        2.5,
+        -0.5,
+        1.5,
+        2**31,
+        -(2.0**31),
+        1e-38,
+        65536.5,
+    ]
     floats[0, : len(special)] = special
     floats[1, 2 : 2 + len(special)] = special
     floats[0, 40:44], floats[1, 40:44] = (1e-20, 1e-25, 1e30, -1e30), (1e-25, 1e-25, 1e30, 1e30)
@@ -334,7 +350,8 @@ void main(tensor from, tensor halves, tensor to, tensor halves_to, tensor sizes,
     }
   }
   int5 place = {first[0], 0, 0, 0, 0};
-  v_i32_st_tnsr_partial(place, sizes, (int64)(1000 * get_dim_size(to, 0) + 100 * get_dim_size(to, 1) + get_dim_size(to, 4) + get_dim_stride(to, 1)), 0, 0);
+  const int described = 1000 * get_dim_size(to, 0) + 100 * get_dim_size(to, 1) + get_dim_size(to, 4);
+  v_i32_st_tnsr_partial(place, sizes, (int64)(described + (int)get_dim_stride(to, 1)), 0, 0);
 }
 """
 

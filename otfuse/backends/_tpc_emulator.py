@@ -29,13 +29,13 @@ from torch import Tensor
 COMPILERS = ("g++", "clang++", "c++")
 COMPILER = next((path for name in COMPILERS if (path := shutil.which(name))), None)
 HOW_TO_GET_ONE = "install g++"
-FLAGS = (
-    "-std=c++17 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fwrapv -fno-exceptions -fno-rtti "
-    "-fno-threadsafe-statics -fsanitize=bounds -fPIC -shared -fvisibility=hidden -Wl,--as-needed "
-    "-Wall -Werror -Wdouble-promotion -Wno-unknown-pragmas -Wno-unused -Wno-narrowing -Wno-maybe-uninitialized "
-    "-Wno-uninitialized"
-).split()
-MAX_TENSORS, MAX_SCALARS, MAX_RANK = 16, 32, 5
+FLAGS = [
+    "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-fno-exceptions",
+    "-fno-rtti", "-fno-threadsafe-statics", "-fsanitize=bounds", "-fPIC", "-shared", "-fvisibility=hidden",
+    "-Wl,--as-needed", "-Wall", "-Werror", "-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-unused",
+    "-Wno-narrowing", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+]  # fmt: skip
+MAX_RANK = 5
 MAX_VLM, MAX_VLM_WITH_LOOKUP = 81920, 16384
 SLOTS = ("load", "scalar", "vector", "store")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
@@ -183,9 +183,7 @@ class Kernel:
         handle, operations = next_counter(numbers), {}
         name, slot, number = ctypes.c_char_p(), ctypes.c_int32(), ctypes.c_int64()
         while handle:
-            handle = operation(
-                ctypes.c_void_p(handle), ctypes.byref(name), ctypes.byref(slot), ctypes.byref(number)
-            )
+            handle = operation(ctypes.c_void_p(handle), ctypes.byref(name), ctypes.byref(slot), ctypes.byref(number))
             assert name.value is not None
             key = name.value.decode()
             if number.value:

@@ -1,8 +1,8 @@
 """TPC-C kernels for Intel Gaudi: an item's kernel matrix stays in a core's local memory for all rounds.
 
 The matrix products around the solve are ``torch.bmm`` in the same graph, for the machine's matrix engine. On a Gaudi
-the built library runs behind the ops of ``otfuse.tpc_ops``; on CPU tensors, when asked for by name, the same sources run
-in a host emulator (``_tpc_emulator``): slow, and for tests.
+the built library runs behind the ops of ``otfuse.tpc_ops``; on CPU tensors, when asked for by name, the same sources
+run in a host emulator (``_tpc_emulator``): slow, and for tests.
 
 Letters: B batch, N rows, M columns.
 """

@@ -16,6 +16,8 @@
 // Stricter than the machine, to catch mistakes: gen_addr faults outside of its tensor, no two calls may store the same
 // element, a switch outside the subset faults, registers start poisoned as local memory does.
 //
+// Less strict in one thing: the element just past the end of a local array is not caught, only those beyond.
+//
 // With OTFUSE_TPC_COUNT, every vector, load and store operation is counted and its latency followed (count.h).
 // Arithmetic on scalars and coordinates in plain C cannot be seen, nor can spilled registers.
 #pragma once

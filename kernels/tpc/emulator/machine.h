@@ -105,7 +105,7 @@ inline void only(int given, int known, const char* intrinsic) {
 }  // namespace emu
 
 // -fsanitize=bounds calls this for an index outside an array of local memory.
-extern "C" __attribute__((visibility("hidden"))) inline void __ubsan_handle_out_of_bounds(void* site, void* index) {
+extern "C" __attribute__((visibility("hidden"), used)) void __ubsan_handle_out_of_bounds(void* site, void* index) {
     struct Site {
         const char* file;
         uint32_t line, column;
