@@ -8,16 +8,17 @@
 #include "values.h"
 #include "item.h"
 #include "problem.h"
+#include "registers.h"
 
 #ifdef HISTORY
 #include "history.h"
 #define OUTPUTS tensor plan, tensor f, tensor g, tensor report, tensor history
 #define OPTIONS float scale, int num_iters, float tol, int kept
-#define RECORD(t, form) record(s, p, history, item, (t) - num_iters + kept, form)
+#define RECORD(x, t) record((x).s, (x).p, history, (x).item, (t) - num_iters + kept, (x).form)
 #else
 #define OUTPUTS tensor plan, tensor f, tensor g, tensor report
 #define OPTIONS float scale, int num_iters, float tol
-#define RECORD(t, form)
+#define RECORD(x, t)
 #endif
 
 // A round, rows then columns, where `active` is positive; K v is known before and after.
@@ -65,49 +66,129 @@ static void store_potentials(shape s, vectors p, range r, tensor f, tensor g, in
     store_columns(s, g, k, item, potential(local[p.b + k], local[p.v + k], local[p.log_v + k], r, epsilon));
 }
 
+// An item in local memory.
+typedef struct {
+  shape s;
+  vectors p;
+  range r;
+  int item, form;
+  float64 rounds;  // that were run
+} slot;
+
+// The item before its first round; an ABSORBED one after it.
+static slot start(slot x, tensor values, tensor a, tensor b, tensor forms, int item, float scale) {
+  x.item = item;
+  load_weights(x.s, x.p, a, b, item);
+  x.r = range_of(x.s, x.p, values, item, scale, 0);
+  x.form = (int)scalar_of(forms, 0, item);
+  if (x.form > 0) {
+    log_round(x.s, x.p, x.r, values, item);
+    x.rounds = 1.0f;
+  } else {
+    clear_folds(x.s, x.p);
+    fill(x.s, x.p, x.r, values, item, (float64)1.0f);
+    start_rows(x.s, x.p);
+    start_columns(x.s, x.p);
+    x.rounds = 0.0f;
+  }
+  update_sums(x.s, x.p);
+  return x;
+}
+
+static void finish(slot x, tensor plan, tensor f, tensor g, tensor report) {
+  const float64 error = row_error(x.s, x.p) + x.r.poison, zero = 0.0f;
+  store_plan(x.s, x.p, x.r, plan, x.item);
+  store_potentials(x.s, x.p, x.r, f, g, x.item);
+  // None without mass; all of them where something is not finite.
+  const float64 rounds = where_positive(x.r.mass, x.rounds, v_f32_sel_geq_f32_b(x.r.poison, zero, zero, x.rounds));
+  v_f32_st_tnsr(place(0, x.item, 0), report, v_f32_sel_grt_u32_b((uint64)1, V_LANE_ID_32, error, rounds));
+}
+
+// All rounds of items that fit registers, of one (x) or of two.
+#ifdef HISTORY
+#define KEEP(x, state) \
+  give_back((x).p, state); \
+  RECORD(x, t);
+#else
+#define KEEP(x, state)
+#endif
+#define ROUNDS(freezing, second)                                            \
+  for (int t = 0; t < num_iters; t++) {                                     \
+    state = rows_of_round(state, freezing);                                 \
+    second(other = rows_of_round(other, freezing);)                         \
+    const float64 sums = column_sums(x.s, state.u);                         \
+    second(const float64 other_sums = column_sums(y.s, other.u);)           \
+    state = columns_of_round(state, sums, freezing);                        \
+    second(other = columns_of_round(other, other_sums, freezing);)          \
+    KEEP(x, state)                                                          \
+    second(KEEP(y, other))                                                  \
+    state.rows = row_sums(x.s, state.v);                                    \
+    second(other.rows = row_sums(y.s, other.v);)                            \
+    if (freezing) {                                                         \
+      state = freeze(x.s, state, x.r.poison, tol);                          \
+      second(other = freeze(y.s, other, y.r.poison, tol);)                  \
+    }                                                                       \
+  }
+#define BOTH(statement) statement
+#define ALONE(statement)
+
 void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
-  shape s = shape_of(values, 0);
-  const vectors p = lay_out(&s);
+  slot x, y;
+  x.s = shape_of(values, 0);
+  x.p = lay_out(&x.s);
+  y.s = shape_of(values, x.s.next);
+  y.p = lay_out(&y.s);
+  const int in_registers = fits_registers(x.s);
   for (int item = first[0]; item < last[0]; item++) {
-    load_weights(s, p, a, b, item);
-    const range r = range_of(s, p, values, item, scale, 0);
-    const int form = (int)scalar_of(forms, 0, item);
-    const float64 one = 1.0f, zero = 0.0f;
-    float64 active = one, rounds = zero, error = zero;
-    int done = 0;
-    if (form > 0) {
-      log_round(s, p, r, values, item);
-      rounds = one;
-      done = 1;
-      RECORD(0, form);
+    x = start(x, values, a, b, forms, item, scale);
+    if (in_registers && x.form == 0) {
+      registers state = take(x.p);
+      int pair = item + 1 < last[0];
+      if (pair) {
+        y = start(y, values, a, b, forms, item + 1, scale);
+        pair = y.form == 0;
+      }
+      if (pair) {
+        registers other = take(y.p);
+        if (tol > 0.0f) {
+          ROUNDS(1, BOTH)
+        } else {
+          ROUNDS(0, BOTH)
+        }
+        give_back(y.p, other);
+        y.rounds = other.count;
+        finish(y, plan, f, g, report);
+        item++;
+      } else if (tol > 0.0f) {
+        ROUNDS(1, ALONE)
+      } else {
+        ROUNDS(0, ALONE)
+      }
+      give_back(x.p, state);
+      x.rounds = state.count;
     } else {
-      clear_folds(s, p);
-      fill(s, p, r, values, item, one);
-      start_columns(s, p);
-    }
-    update_sums(s, p);
-    for (int t = done; t < num_iters; t++) {
-      if (t > 0 && tol > 0.0f) {
-        error = row_error(s, p) + r.poison;
-        active = v_f32_sel_less_f32_b(error, (float64)tol, zero, one);
+      float64 active = 1.0f;
+      if (x.form > 0) {
+        RECORD(x, 0);
       }
-      if (form > 0 && t > 1 && (t - 1) % form == 0) {
-        fold_rows(s, p, active);
-        fold_columns(s, p, active);
-        fill(s, p, r, values, item, active);
-        update_sums(s, p);
+      for (int t = x.form > 0 ? 1 : 0; t < num_iters; t++) {
+        if (t > 0 && tol > 0.0f) {
+          const float64 error = row_error(x.s, x.p) + x.r.poison;
+          active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
+        }
+        if (x.form > 0 && t > 1 && (t - 1) % x.form == 0) {
+          fold_rows(x.s, x.p, active);
+          fold_columns(x.s, x.p, active);
+          fill(x.s, x.p, x.r, values, item, active);
+          update_sums(x.s, x.p);
+        }
+        one_round(x.s, x.p, active);
+        x.rounds = x.rounds + active;
+        RECORD(x, t);
       }
-      one_round(s, p, active);
-      rounds = rounds + active;
-      RECORD(t, form);
     }
-    error = row_error(s, p) + r.poison;
-    store_plan(s, p, r, plan, item);
-    store_potentials(s, p, r, f, g, item);
-    // None without mass; all of them where something is not finite.
-    rounds = where_positive(r.mass, rounds, v_f32_sel_geq_f32_b(r.poison, zero, zero, rounds));
-    v_f32_st_tnsr(place(0, item, 0), report, v_f32_sel_grt_u32_b((uint64)1, V_LANE_ID_32, error, rounds));
+    finish(x, plan, f, g, report);
   }
 }
