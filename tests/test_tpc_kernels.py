@@ -55,7 +55,13 @@ class Solved(NamedTuple):
 
 
 def make(
-    B: int, N: int, M: int, epsilon: float, weights: str = "uniform", dtype: torch.dtype = torch.float32, cost: bool = False
+    B: int,
+    N: int,
+    M: int,
+    epsilon: float,
+    weights: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    cost: bool = False,
 ) -> Items:
     x, y = clustered_tokens(B, N, M, 16, num_topics=4, seed=N + M)
     values = torch.nn.functional.normalize(x, dim=2) @ torch.nn.functional.normalize(y, dim=2).mT
@@ -71,7 +77,9 @@ def make(
     return Items((sign * values).to(dtype), side(N), side(M), sign / epsilon)
 
 
-def run(name: str, tensors: list[Tensor], outputs: list[Tensor], scalars: list[float], space: list[int], seed: int) -> None:
+def run(
+    name: str, tensors: list[Tensor], outputs: list[Tensor], scalars: list[float], space: list[int], seed: int
+) -> None:
     suffix = SUFFIX[tensors[0].dtype]
     kernel = emulator.kernel(f"gaudi2/{name}_{suffix}.c", ["__gaudi2__"])
     kernel.run([t.contiguous() for t in tensors] + outputs, scalars, space, len(outputs), seed)
@@ -391,8 +399,13 @@ def operations(N: int, M: int, T: int) -> dict[str, int]:
     return kernel.count(inputs + outputs, [1.0, T, -1.0], [1], 4).slots
 
 
-@pytest.mark.parametrize("N, M, vector", [(64, 20, 137), (20, 20, 137), (64, 64, 235), (128, 128, 789)])
-def test_operations_a_round(N: int, M: int, vector: int) -> None:
-    """Vector operations of a round of one item, without a tolerance: the table of docs/gaudi.md."""
-    more, less = operations(N, M, 3), operations(N, M, 2)
-    assert more["vector"] - less["vector"] == vector
+# Vector operations of a round of one item, without a tolerance. The goal for 64 x 20 is 100.
+OPERATIONS = {(64, 20): 95, (20, 20): 95, (64, 64): 235, (256, 20): 326, (128, 128): 789, (64, 256): 880}
+
+
+def test_operations_a_round() -> None:
+    for (N, M), expected in OPERATIONS.items():
+        more, less = operations(N, M, 3), operations(N, M, 2)
+        assert more["vector"] - less["vector"] == expected, (N, M)
+        # The rest fits beside them: a bundle has a slot of each kind.
+        assert all(more[slot] - less[slot] <= expected for slot in ("load", "scalar", "store")), (N, M)

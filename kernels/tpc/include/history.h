@@ -11,7 +11,7 @@ static void record(shape s, vectors p, tensor history, int item, int slot, int f
   for (int k = 0; k < s.column_blocks; k++, at += 64) v_f32_st_tnsr(place(at, slot, item), history, local[p.log_v + k]);
 }
 
-// The scalings of a slot, and what was folded into K then: K is to be filled again.
+// The scalings of a slot; and what was folded into K then, for the ABSORBED form: K is to be filled again.
 static void restore_columns(shape s, tensor history, int item, int slot, int v) {
   for (int k = 0; k < s.column_blocks; k++)
     local[v + k] = v_f32_ld_tnsr_b(place(64 * (s.row_blocks + k), slot, item), history);
@@ -20,10 +20,8 @@ static void restore_scalings(shape s, vectors p, tensor history, int item, int s
   for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = v_f32_ld_tnsr_b(place(64 * k, slot, item), history);
   restore_columns(s, history, item, slot, p.v);
 }
-static void restore_folds(shape s, vectors p, tensor history, int item, int slot, int form) {
+static void restore_folds(shape s, vectors p, tensor history, int item, int slot) {
   int at = 64 * (s.row_blocks + s.column_blocks);
-  clear_folds(s, p);
-  if (form == 0) return;
   for (int k = 0; k < s.row_blocks; k++, at += 64) local[p.log_u + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
   for (int k = 0; k < s.column_blocks; k++, at += 64) local[p.log_v + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
 }

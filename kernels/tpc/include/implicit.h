@@ -21,17 +21,8 @@ static float64 dot(shape s, int x, int y) {
 
 // K := the plan.
 static void fill_plan(shape s, vectors p) {
-  for (int block = 0; block < s.row_blocks; block++) {
-    const int tiles = s.row_tiles - 4 * block;
-    for (int c = 0; c < s.column_tiles; c++) {
-      const four x = plan_tiles(s, p, block, c);
-      const int to = s.matrix + c * s.row_tiles + 4 * block;
-      local[to] = x.v0;
-      if (tiles > 1) local[to + 1] = x.v1;
-      if (tiles > 2) local[to + 2] = x.v2;
-      if (tiles > 3) local[to + 3] = x.v3;
-    }
-  }
+  for (int block = 0; block < s.row_blocks; block++)
+    for (int c = 0; c < s.column_tiles; c++) keep_tiles(s, s.matrix, block, c, plan_tiles(s, p, block, c));
 }
 
 // The solution of (diag(c) (1 + ridge) - P' diag(1/r) P + c c') x = residual, from x = 0.
@@ -87,10 +78,14 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   q.scaled = p.log_v;
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);
-    const range r = range_of(s, p, values, item, scale, 0);
+    const range r = range_of(s, p, values, item, scale, 0, 1);
     restore_scalings(s, p, history, item, slot);
-    restore_folds(s, p, history, item, slot, (int)scalar_of(forms, 0, item));
-    fill(s, p, r, values, item, always);
+    if (scalar_of(forms, 0, item) > 0.0f) {
+      restore_folds(s, p, history, item, slot);
+      fill(s, p, r, values, item, always);
+    } else {
+      fill_scaled(s, r);
+    }
     weigh(s, p, d, r, grad_plan, grad_f, grad_g, item);
     fill_plan(s, p);
     // Row and column sums; then the right side dv - P' (du / r).

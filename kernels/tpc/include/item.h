@@ -121,22 +121,29 @@ static four spread_rows(float64 x) {
 static float64 times_columns(shape s, int block, int w) {
   const places r = row_places(s, block);
   float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-  for (int k = 0; k < s.column_blocks; k++) {
-    const float64 x = local[w + k];
-    for (int quad = 0; 4 * quad < tiles_in_block(s, k); quad++) {
-      const places c = column_places(s, 16 * k + 4 * quad);
-#define COLUMN(i)                                       \
-  {                                                     \
-    const float64 y = SPREAD_COLUMN(x, quad, i);        \
+#define COLUMN(x, i)                             \
+  {                                              \
+    const float64 y = SPREAD_COLUMN(x, quad, i); \
     s0 = v_f32_mac_b(local[c.t##i + r.t0], y, s0); \
     s1 = v_f32_mac_b(local[c.t##i + r.t1], y, s1); \
     s2 = v_f32_mac_b(local[c.t##i + r.t2], y, s2); \
     s3 = v_f32_mac_b(local[c.t##i + r.t3], y, s3); \
   }
-      COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3)
-#undef COLUMN
+  for (int k = 0; k < s.column_blocks; k++) {
+    const float64 x = local[w + k];
+    const int tiles = tiles_in_block(s, k);
+    for (int quad = 0; 4 * quad < tiles; quad++) {
+      const places c = column_places(s, 16 * k + 4 * quad);
+      const int count = tiles - 4 * quad;
+      COLUMN(x, 0)
+      if (count > 3) {
+        COLUMN(x, 1) COLUMN(x, 2) COLUMN(x, 3)
+      } else if (count > 1) {  // with a count of two the last weighs nothing
+        COLUMN(x, 1) COLUMN(x, 2)
+      }
     }
   }
+#undef COLUMN
   return fold_rows_of(SUM, s0, s1, s2, s3);
 }
 
@@ -144,27 +151,29 @@ static float64 times_columns(shape s, int block, int w) {
 static float64 times_rows(shape s, int block, int w) {
   float64 z[4];
   const int tiles = tiles_in_block(s, block);
-#define QUAD(quad)                                                                                  \
-  if (4 * quad < tiles) {                                                                           \
-    const places c = column_places(s, 16 * block + 4 * quad);                                       \
-    float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;                                             \
-    for (int k = 0; k < s.row_blocks; k++) {                                                        \
-      const places r = row_places(s, k);                                                            \
-      const four x = spread_rows(local[w + k]);                                                     \
-      COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3)                                                       \
-    }                                                                                               \
-    z[quad] = fold_quad(s.by, SUM, s0, s1, s2, s3);                                                    \
-  } else {                                                                                          \
-    z[quad] = 0.0f;                                                                                 \
-  }
-#define COLUMN(i)                                                \
+#define COLUMN(i)                                       \
   s##i = v_f32_mac_b(local[c.t##i + r.t0], x.v0, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t1], x.v1, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t2], x.v2, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t3], x.v3, s##i);
+#define QUAD(quad)                                                    \
+  z[quad] = 0.0f;                                                     \
+  if (4 * quad < tiles) {                                             \
+    const places c = column_places(s, 16 * block + 4 * quad);         \
+    float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;               \
+    for (int k = 0; k < s.row_blocks; k++) {                          \
+      const places r = row_places(s, k);                              \
+      const four x = spread_rows(local[w + k]);                       \
+      COLUMN(0)                                                       \
+      if (4 * quad + 1 < tiles) {                                     \
+        COLUMN(1) COLUMN(2) COLUMN(3)                                 \
+      }                                                               \
+    }                                                                 \
+    z[quad] = fold_quad(s.by, SUM, s0, s1, s2, s3);                   \
+  }
   QUAD(0) QUAD(1) QUAD(2) QUAD(3)
-#undef COLUMN
 #undef QUAD
+#undef COLUMN
   return fold_quads(s.by, SUM, z[0], z[1], z[2], z[3]);
 }
 

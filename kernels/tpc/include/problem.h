@@ -38,7 +38,17 @@ static void load_weights(shape s, vectors p, tensor a, tensor b, int item) {
 
 #define LEAST -3.0e38f
 
-static range range_of(shape s, vectors p, tensor values, int item, float scale, int flip) {
+// Four tiles of a block of rows to column tile c of the matrix at `matrix`.
+static void keep_tiles(shape s, int matrix, int block, int c, four x) {
+  const int tile = matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
+  local[tile] = x.v0;
+  if (tiles > 1) local[tile + 1] = x.v1;
+  if (tiles > 2) local[tile + 2] = x.v2;
+  if (tiles > 3) local[tile + 3] = x.v3;
+}
+
+// Reads all values of an item; the other sign of them if `flip`. `keep` leaves them in the place of K, LEAST at padding.
+static range range_of(shape s, vectors p, tensor values, int item, float scale, int flip, int keep) {
   range r;
   float64 largest = LEAST, poison = 0.0f, mass = 0.0f;
   r.size = scale > 0.0f ? scale : -scale;
@@ -56,6 +66,7 @@ static range range_of(shape s, vectors p, tensor values, int item, float scale, 
       poison = v_f32_mac_b(x.v1, (float64)0.0f, poison);
       poison = v_f32_mac_b(x.v2, (float64)0.0f, poison);
       poison = v_f32_mac_b(x.v3, (float64)0.0f, poison);
+      if (keep) keep_tiles(s, s.matrix, block, c, x);
     }
   }
   r.shift = over_all_lanes(s.by, LARGEST, largest);
@@ -74,6 +85,12 @@ static four log_tiles(shape s, vectors p, range r, tensor values, int item, int 
   TILE(0) TILE(1) TILE(2) TILE(3)
 #undef TILE
   return x;
+}
+
+// The kernel matrix of the SCALING form, from the values in its place.
+static void fill_scaled(shape s, range r) {
+  for (int tile = s.matrix; tile < s.matrix + s.row_tiles * s.column_tiles; tile++)
+    local[tile] = exponential(v_f32_mul_b(local[tile] - r.shift, r.size));
 }
 
 // K := its exponential where `renewed` is positive.

@@ -79,14 +79,14 @@ typedef struct {
 static slot start(slot x, tensor values, tensor a, tensor b, tensor forms, int item, float scale) {
   x.item = item;
   load_weights(x.s, x.p, a, b, item);
-  x.r = range_of(x.s, x.p, values, item, scale, 0);
+  x.r = range_of(x.s, x.p, values, item, scale, 0, 1);
   x.form = (int)scalar_of(forms, 0, item);
   if (x.form > 0) {
     log_round(x.s, x.p, x.r, values, item);
     x.rounds = 1.0f;
   } else {
     clear_folds(x.s, x.p);
-    fill(x.s, x.p, x.r, values, item, (float64)1.0f);
+    fill_scaled(x.s, x.r);
     start_rows(x.s, x.p);
     start_columns(x.s, x.p);
     x.rounds = 0.0f;

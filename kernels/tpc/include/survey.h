@@ -40,7 +40,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
   const vectors p = lay_out(&s);
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);
-    const range high = range_of(s, p, values, item, scale, 0), low = range_of(s, p, values, item, scale, 1);
+    const range high = range_of(s, p, values, item, scale, 0, 0), low = range_of(s, p, values, item, scale, 1, 0);
     const ends of_a = ends_of(s, p.a, s.row_blocks), of_b = ends_of(s, p.b, s.column_blocks);
     const float64 spread = v_f32_mul_b(high.shift + low.shift, high.size);
     const float64 with_weights = spread + (of_a.high - of_a.low) + (of_b.high - of_b.low);

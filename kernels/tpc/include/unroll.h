@@ -30,17 +30,9 @@ static void subtract_terms(shape s, part q, int x, int y, int z, int w) {
 }
 
 static void start_slice(shape s, vectors p, part q, tensor grad_plan, int item) {
-  for (int block = 0; block < s.row_blocks; block++) {
-    const int tiles = s.row_tiles - 4 * block;
-    for (int c = q.first; c < q.last; c++) {
-      const four x = weighed_tiles(s, p, grad_plan, item, block, c);
-      const int to = q.at + (c - q.first) * s.row_tiles + 4 * block;
-      local[to] = x.v0;
-      if (tiles > 1) local[to + 1] = x.v1;
-      if (tiles > 2) local[to + 2] = x.v2;
-      if (tiles > 3) local[to + 3] = x.v3;
-    }
-  }
+  for (int block = 0; block < s.row_blocks; block++)
+    for (int c = q.first; c < q.last; c++)
+      keep_tiles(s, q.at, block, c - q.first, weighed_tiles(s, p, grad_plan, item, block, c));
 }
 
 static void store_slice(shape s, part q, range r, float scale, tensor grad_values, int item) {
@@ -70,8 +62,9 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   q.at = s.next + 2 * s.column_blocks;
   for (int item = first[1]; item < last[1]; item++) {
     load_weights(s, p, a, b, item);
-    const range r = range_of(s, p, values, item, scale, 0);
+    const range r = range_of(s, p, values, item, scale, 0, 1);
     const int form = (int)scalar_of(forms, 0, item), rounds = (int)scalar_of(report, 1, item);
+    if (form == 0) fill_scaled(s, r);
     for (int member = first[0]; member < last[0]; member++) {
       q.first = member * slice;
       q.last = s_i32_min(q.first + slice, s.column_tiles);
@@ -81,11 +74,10 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
       clear(d.dv, s.column_blocks);
       clear(q.at, (q.last - q.first) * s.row_tiles);
       for (int t = rounds - 1; t >= 0; t--) {
-        const int folded = form > 0 && t > 1 && (t - 1) % form == 0;      // K, before this round
-        const int refill = t == rounds - 1 || (form > 0 && t > 0 && t % form == 0);  // K differs from the next round's
+        const int folded = form > 0 && t > 1 && (t - 1) % form == 0;  // K, right before this round
         restore_scalings(s, p, history, item, t);
-        if (refill) {
-          restore_folds(s, p, history, item, t, form);
+        if (form > 0 && (t == rounds - 1 || (t > 0 && t % form == 0))) {  // it is not that of the round after
+          restore_folds(s, p, history, item, t);
           fill(s, p, r, values, item, always);
         }
         if (t == rounds - 1) {
