@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import hypothesis
+import problems
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from otfuse.backends.base import is_installed
 from otfuse.backends.triton import INTERPRETED
 from otfuse.problem import cost_problem
 
-BACKEND_NAMES = ("torch", "cpu", "triton")
+BACKEND_NAMES = ("torch", "cpu", "triton", "tpc")
 
 if INTERPRETED and is_installed("triton"):
     import interpreter  # noqa: F401
@@ -29,6 +30,16 @@ def pytest_configure() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)  # small parallel operations wait on each other for milliseconds
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A backend without float64 is tested in float32: what asks for float64 skips, what names no dtype takes it."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    problems.use(torch.float64)
+    if parameters.get("backend") == "tpc":
+        if {"float64", "torch.float64"} & {str(value) for value in parameters.values()}:
+            pytest.skip("tpc: the machine has no float64")
+        problems.use(torch.float32)
 
 
 @pytest.fixture(scope="session", params=BACKEND_NAMES)

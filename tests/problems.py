@@ -1,6 +1,6 @@
 """Transport problems whose answers are known, as hypothesis strategies, and the checks of an answer.
 
-Letters: B batch, N rows, M columns, D features. Problems are float64 on the CPU unless said otherwise.
+Letters: B batch, N rows, M columns, D features. Problems are in :func:`inner` on the CPU unless said otherwise.
 """
 
 from __future__ import annotations
@@ -16,10 +16,32 @@ from otfuse.backends import BACKENDS
 from otfuse.problem import SinkhornOutput, cost_problem
 from otfuse.testing import assert_as_accurate_as_reference, specified_sinkhorn
 
-EPS64 = torch.finfo(torch.float64).eps
-# An entry of a float64 plan is some ten roundings away from exact arithmetic (a sum, a division and two products
-# for each side); what earlier rounds add is contracted away. A factor of six for sums over up to 64 terms.
-FEW_ROUNDINGS = 64 * EPS64
+_inner = [torch.float64]
+
+
+def use(dtype: torch.dtype) -> None:
+    """What tests that name no dtype run in: the best that their backend has (conftest.py)."""
+    _inner[0] = dtype
+
+
+def inner() -> torch.dtype:
+    return _inner[0]
+
+
+def eps() -> float:
+    return torch.finfo(inner()).eps
+
+
+def few_roundings() -> float:
+    """An entry of a plan is some ten roundings away from exact arithmetic (a sum, a division and two products for each
+    side); what earlier rounds add is contracted away. A factor of six for sums over up to 64 terms."""
+    return 64 * eps()
+
+
+def roundings(tolerance: float) -> float:
+    """As many roundings as ``tolerance`` is in float64."""
+    return tolerance * eps() / torch.finfo(torch.float64).eps
+
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -57,21 +79,21 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def rand(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def rand(seed: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uniform in [0, 1); the same numbers for every dtype up to rounding."""
-    return torch.rand(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.rand(*shape, generator=generator(seed), dtype=torch.float64).to(dtype or inner())
 
 
-def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+def randn(seed: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype or inner())
 
 
-def weights(seed: int, B: int, N: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def weights(seed: int, B: int, N: int, dtype: torch.dtype | None = None) -> Tensor:
     """Positive weights that do not sum to one: the operator is to scale them."""
     return 0.1 + 3 * rand(seed, B, N, dtype=dtype)
 
 
-def padded_weights(seed: int, B: int, N: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def padded_weights(seed: int, B: int, N: int, dtype: torch.dtype | None = None) -> Tensor:
     """Weights of which about a third are zero, the first never."""
     keep = rand(seed + 1, B, N) > 0.35
     keep[:, 0] = True
@@ -90,7 +112,7 @@ def diracs(draw: st.DrawFn) -> Known:
     cost, plan = 10 * randn(seed, B, 1, length), normalised(other)[:, None, :]
     # log K reaches 40 / epsilon, and an error in it is one in the plan.
     epsilon = draw(st.sampled_from([1.0, 0.1, 0.01]))
-    tolerance = FEW_ROUNDINGS * (1 + 40 / epsilon)
+    tolerance = few_roundings() * (1 + 40 / epsilon)
     if draw(st.booleans()):
         return Known(cost, epsilon, plan, tolerance, b=other)
     return Known(cost.mT, epsilon, plan.mT, tolerance, a=other)
@@ -103,7 +125,7 @@ def permutations(draw: st.DrawFn) -> Known:
     match = torch.eye(N, dtype=torch.float64)[torch.randperm(N, generator=generator(draw(seeds)))]
     off = math.exp(-1 / epsilon)
     plan = (match + off * (1 - match)) / (N * (1 + (N - 1) * off))
-    return Known((1 - match)[None], epsilon, plan[None], FEW_ROUNDINGS * (1 + 1 / epsilon))
+    return Known((1 - match)[None], epsilon, plan[None], few_roundings() * (1 + 1 / epsilon))
 
 
 @st.composite
@@ -116,7 +138,7 @@ def products(draw: st.DrawFn) -> Known:
     seed, N, M = draw(seeds), draw(st.integers(2, 9)), draw(st.integers(2, 9))
     a, b, epsilon = weights(seed, 2, N), weights(seed + 1, 2, M), draw(st.sampled_from([10.0, 1e3, 1e6]))
     plan = normalised(a)[:, :, None] * normalised(b)[:, None, :]
-    tolerance = plan * math.expm1(2 / epsilon) + FEW_ROUNDINGS
+    tolerance = plan * math.expm1(2 / epsilon) + few_roundings()
     return Known(rand(seed + 2, 2, N, M), epsilon, plan, tolerance, a, b, draw(st.sampled_from([1, 2, 50])))
 
 
@@ -136,7 +158,7 @@ def two_by_two(draw: st.DrawFn) -> Known:
     b = torch.tensor([[beta, 1 - beta]], dtype=torch.float64)
     # The cross ratio lies within exp(±8), so a round contracts by tanh(8 / 4)² = 0.93 or better: 500 rounds leave
     # less than a rounding, and the roundings of all rounds add up to 1 / (1 - 0.93) times those of one.
-    return Known(cost, epsilon, plan, FEW_ROUNDINGS / 0.07, a, b, 500)
+    return Known(cost, epsilon, plan, few_roundings() / 0.07, a, b, 500)
 
 
 @st.composite
@@ -160,7 +182,7 @@ def gaussians(draw: st.DrawFn) -> Known:
     normal = torch.exp(-(grid**2) / 2)[None]
     # epsilon >= s t / 2 makes the correlation at most 0.79: 100 rounds contract by 0.79^200 = 1e-21.
     cost = (x[:, None] - y - shift) ** 2
-    return Known(cost[None], epsilon, plan, 2e-9, normal, normal, 100)
+    return Known(cost[None], epsilon, plan, 2e-9 + few_roundings(), normal, normal, 100)
 
 
 @st.composite
@@ -172,7 +194,7 @@ def padded(draw: st.DrawFn) -> Known:
     wide_N, wide_M = N + draw(st.integers(0, 5)), M + draw(st.integers(0, 5))
     rows = torch.randperm(wide_N, generator=generator(seed + 3))[:N]
     columns = torch.randperm(wide_M, generator=generator(seed + 4))[:M]
-    garbage = draw(st.sampled_from([0.0, -1e300, math.nan, math.inf, -math.inf]))
+    garbage = draw(st.sampled_from([0.0, -torch.finfo(inner()).max, math.nan, math.inf, -math.inf]))
 
     def spread(values: Tensor, filler: float) -> Tensor:
         wide = values.new_full((2, wide_N, wide_M), filler)
@@ -182,7 +204,7 @@ def padded(draw: st.DrawFn) -> Known:
     wide_a, wide_b = a.new_zeros(2, wide_N), b.new_zeros(2, wide_M)
     wide_a[:, rows], wide_b[:, columns] = a, b
     # log K reaches some 8 / 0.1 (eight standard deviations apart), and an error in it is one in the plan.
-    return Known(spread(cost, garbage), 0.1, spread(solved, 0.0), 100 * FEW_ROUNDINGS, wide_a, wide_b, 20)
+    return Known(spread(cost, garbage), 0.1, spread(solved, 0.0), 100 * few_roundings(), wide_a, wide_b, 20)
 
 
 known_problems = st.one_of(diracs(), permutations(), products(), two_by_two(), gaussians(), padded())
@@ -199,14 +221,14 @@ def assert_solves(out: SinkhornOutput, known: Known) -> None:
     assert (out.plan[~live] == 0).all()
     assert torch.equal(out.f == -torch.inf, a == 0) and torch.equal(out.g == -torch.inf, b == 0)
     # Summing up to 64 entries costs fewer roundings than this, of a total of one.
-    assert ((out.plan.sum(1) - b).abs() <= FEW_ROUNDINGS).all(), "columns were updated last: their sums are exact"
+    assert ((out.plan.sum(1) - b).abs() <= few_roundings()).all(), "columns were updated last: their sums are exact"
     error = (out.plan.sum(2) - a).abs().sum(1)
-    assert ((out.marginal_error - error).abs() <= FEW_ROUNDINGS).all()
+    assert ((out.marginal_error - error).abs() <= few_roundings()).all()
     assert (out.num_iters == known.num_iters).all() and out.num_iters.dtype == torch.int32
     exponent = (out.f[:, :, None] + out.g[:, None, :] - known.cost) / known.epsilon
     size = torch.where(live, exponent.abs() + known.cost.abs() / known.epsilon + 1, 1)
     from_potentials = torch.where(live, exponent, -torch.inf).exp()
-    assert ((from_potentials - out.plan).abs() <= 8 * EPS64 * size).all()
+    assert ((from_potentials - out.plan).abs() <= 8 * eps() * size).all()
 
 
 def assert_accurate(

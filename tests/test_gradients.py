@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import FEW_ROUNDINGS, is_interpreted, padded_weights, rand, randn, weights
+from problems import few_roundings, inner, is_interpreted, padded_weights, rand, randn, roundings, weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -19,6 +19,28 @@ EPSILONS = [0.5, 0.05]
 
 def leaf(values: Tensor, device: torch.device) -> Tensor:
     return values.detach().clone().to(device).requires_grad_()
+
+
+def assert_derivatives(solve, leaves, backend: str, device: torch.device, second: bool = False) -> None:
+    """``solve(*leaves, backend=...)`` by finite differences; where there is no float64 for them, beside the torch
+    backend in float64, whose derivatives are held against differences by the same tests."""
+    if inner() == torch.float64:
+        check = gradgradcheck if second else gradcheck
+        assert check(lambda *x: solve(*x, backend=backend), leaves, fast_mode=is_interpreted(backend, device))
+        return
+    exact = _derivatives(solve, [leaf(x.double(), x.device) for x in leaves], "torch", second)
+    for one, other in zip(_derivatives(solve, leaves, backend, second), exact):
+        size = float(other.abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=few_roundings() * size)
+
+
+def _derivatives(solve, leaves, backend: str, second: bool) -> tuple[Tensor, ...]:
+    """Of a fixed combination of the outputs; with ``second``, of a fixed combination of those."""
+    values = solve(*leaves, backend=backend)
+    for order in range(1 + second):
+        total = sum((v * randn(60 + 10 * order + k, *v.shape).to(v)).sum() for k, v in enumerate(values))
+        values = torch.autograd.grad(total, leaves, create_graph=second)
+    return tuple(value.detach() for value in values)
 
 
 def finite(values: Tensor) -> Tensor:
@@ -45,44 +67,44 @@ def test_unrolled_cost(backend, device, inputs, sides, num_iters, epsilon):
         mask_a, mask_b = (padded_weights(7, B, n).to(device) != 0 for n in (N, M))
         assert not mask_a.all() or not mask_b.all()
 
-    def solve(cost, a=None, b=None):
+    def solve(cost, a=None, b=None, backend=backend):
         if sides == "padded":  # a zero times a leaf: the difference quotient is zero there, as the gradient must be
             a, b = a * mask_a, b * mask_b
         out = otfuse.sinkhorn(cost, epsilon, a, b, num_iters=num_iters, backend=backend)
         return out.plan, finite(out.f), finite(out.g)
 
     leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
-    assert gradcheck(solve, leaves, fast_mode=is_interpreted(backend, device))
+    assert_derivatives(solve, leaves, backend, device)
 
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("form", ["plan", "barycentric"])
 def test_unrolled_attention(backend, device, inputs, form, similarity, epsilon):
-    def attend(x, y, a, b):
+    def attend(x, y, a, b, backend=backend):
         options = {"weights": form, "similarity": similarity, "return_plan": True, "num_iters": 5}
         out = otfuse.sinkhorn_attend(x, y, epsilon, a=a, b=b, backend=backend, **options)
         return out.x, out.y, out.plan, out.f, out.g
 
-    assert gradcheck(attend, [inputs[name] for name in "xyab"], fast_mode=is_interpreted(backend, device))
+    assert_derivatives(attend, [inputs[name] for name in "xyab"], backend, device)
 
 
 def test_unroll_differentiates_the_rounds_that_were_run(backend, device):
     """Items that stop at different rounds, differentiated numerically and beside as many rounds without tol."""
     cost = leaf(rand(0, 4, 5, 4) * torch.tensor([0.1, 0.4, 1.0, 2.0])[:, None, None], device)
 
-    def solve(cost):
+    def solve(cost, backend=backend):
         out = otfuse.sinkhorn(cost, 0.1, num_iters=30, tol=1e-3, backend=backend)
         return out.plan, out.f, out.g
 
     rounds = otfuse.sinkhorn(cost, 0.1, num_iters=30, tol=1e-3, backend=backend).num_iters.tolist()
     assert len(set(rounds)) > 2 and min(rounds) < 30
-    assert gradcheck(solve, (cost,), fast_mode=is_interpreted(backend, device))
+    assert_derivatives(solve, (cost,), backend, device)
     for item, num_iters in enumerate(rounds):
         one = torch.autograd.grad(solve(cost)[1][item].square().sum(), cost)[0][item]
         out = otfuse.sinkhorn(cost[[item]], 0.1, num_iters=num_iters, backend=backend)
         other = torch.autograd.grad(out.f.square().sum(), cost)[0][item]
-        torch.testing.assert_close(one, other, rtol=0, atol=10 * FEW_ROUNDINGS)
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * few_roundings())
 
 
 @pytest.mark.parametrize("sides", ["none", "padded"])
@@ -103,23 +125,23 @@ def test_implicit_is_the_limit_of_unroll(backend, device, epsilon, sides):
     for grad in ("implicit", "unroll"):
         leaves = [leaf(value, device) for value in ((cost,) if sides == "none" else (cost, a, b))]
         out = otfuse.sinkhorn(leaves[0], epsilon, *leaves[1:], num_iters=num_iters, grad=grad, backend=backend)
-        assert (out.marginal_error < FEW_ROUNDINGS).all()
+        assert (out.marginal_error < few_roundings()).all()
         loss = (out.plan * g_plan).sum() + (finite(out.f) * g_f.to(device)).sum() + (out.g * g_g.to(device)).sum()
         results.append(torch.autograd.grad(loss, leaves))
     for name, one, other in zip(("cost", "a", "b"), *results):
         # Unroll gathers a few roundings of coefficients, up to three over epsilon, from each of the rounds.
-        torch.testing.assert_close(one, other, rtol=0, atol=3 / epsilon * num_iters * 2.3e-16, msg=name)
+        torch.testing.assert_close(one, other, rtol=0, atol=3 / epsilon * num_iters * roundings(2.3e-16), msg=name)
 
 
 @pytest.mark.parametrize("form", ["plan", "barycentric"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_implicit_attention_by_finite_differences(backend, device, inputs, form, similarity):
-    def attend(x, y, a, b):
+    def attend(x, y, a, b, backend=backend):
         options = {"weights": form, "similarity": similarity, "grad": "implicit", "return_plan": True}
         out = otfuse.sinkhorn_attend(x, y, 1.0, a=a, b=b, num_iters=100, backend=backend, **options)
         return out.x, out.y, out.plan
 
-    assert gradcheck(attend, [inputs[name] for name in "xyab"], fast_mode=is_interpreted(backend, device))
+    assert_derivatives(attend, [inputs[name] for name in "xyab"], backend, device)
 
 
 def test_implicit_potentials_are_the_derivative_of_the_value(backend, device, inputs):
@@ -128,7 +150,7 @@ def test_implicit_potentials_are_the_derivative_of_the_value(backend, device, in
     cost = inputs["cost"]
     out = otfuse.sinkhorn(cost, 0.3, num_iters=1000, grad="implicit", backend=backend)
     (gradient,) = torch.autograd.grad(out.f.mean(1).sum() + out.g.mean(1).sum(), cost)
-    torch.testing.assert_close(gradient, out.plan.detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradient, out.plan.detach(), rtol=0, atol=max(1e-9, few_roundings()))
 
 
 @pytest.mark.parametrize("form", ["plan", "barycentric"])
@@ -146,7 +168,7 @@ def test_detach_takes_the_plan_as_a_constant(backend, inputs, form):
     loss = (out.x * coefficients[0]).sum() + (out.y * coefficients[1]).sum()
     leaves = (x, y) if form == "plan" else (x, y, a, b)
     for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
-        torch.testing.assert_close(one, other, rtol=0, atol=10 * FEW_ROUNDINGS)
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * few_roundings())
 
 
 @pytest.mark.parametrize("sides", ["none", "padded"])
@@ -154,21 +176,21 @@ def test_detach_takes_the_plan_as_a_constant(backend, inputs, form):
 def test_second_derivatives_of_unroll(backend, device, inputs, sides, tol):
     mask = padded_weights(7, B, N).to(device) != 0
 
-    def solve(cost, a=None, b=None):
+    def solve(cost, a=None, b=None, backend=backend):
         a = None if a is None else a * mask
         out = otfuse.sinkhorn(cost, 0.3, a, b, num_iters=4, tol=tol, backend=backend)
         return out.plan, finite(out.f), finite(out.g)
 
     leaves = (inputs["cost"],) if sides == "none" else (inputs["cost"], inputs["a"], inputs["b"])
-    assert gradgradcheck(solve, leaves, fast_mode=is_interpreted(backend, device))
+    assert_derivatives(solve, leaves, backend, device, second=True)
 
 
 def test_second_derivatives_of_unrolled_attention(backend, device, inputs):
-    def attend(x, y):
+    def attend(x, y, backend=backend):
         out = otfuse.sinkhorn_attend(x, y, 0.5, num_iters=3, weights="barycentric", backend=backend)
         return out.x, out.y
 
-    assert gradgradcheck(attend, (inputs["x"], inputs["y"]), fast_mode=is_interpreted(backend, device))
+    assert_derivatives(attend, (inputs["x"], inputs["y"]), backend, device, second=True)
 
 
 @pytest.mark.parametrize("power", [1, 2])  # of a linear loss the first derivative would have no graph at all
@@ -188,14 +210,15 @@ def test_implicit_gradients_of_potentials_agree_between_backends(backend, N, M):
     b = torch.rand(2, M, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     b[1, -1] = 0
 
-    def gradients(name):
-        cost, weights = values.clone().requires_grad_(), b.clone().requires_grad_()
+    def gradients(name, dtype=torch.float64):
+        cost, weights = (t.to(dtype, copy=True).requires_grad_() for t in (values, b))
         out = otfuse.sinkhorn(cost, 0.5, b=weights, num_iters=400, grad="implicit", backend=name)
         g = torch.where(torch.isinf(out.g), 0, out.g)
         return torch.autograd.grad(out.f.square().sum() + g.square().sum(), (cost, weights))
 
-    for ours, plain in zip(gradients(backend), gradients("torch")):
-        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    close = max(1e-9, 10 * few_roundings())
+    for ours, plain in zip(gradients(backend, inner()), gradients("torch")):
+        torch.testing.assert_close(ours.double(), plain, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e4])
@@ -229,7 +252,7 @@ def test_padding_of_a_cost_gets_exactly_zero(backend, device, grad):
     a, b = padded_weights(7, B, 9), padded_weights(17, B, 8)
     live = ((a != 0)[:, :, None] & (b != 0)[:, None, :]).to(device)
     results = []
-    for filler in (0.0, math.nan, -math.inf, 1e300):
+    for filler in (0.0, math.nan, -math.inf, torch.finfo(inner()).max):
         cost = leaf(torch.where(live.cpu(), rand(0, B, 9, 8), filler), device)
         leaves = (cost, leaf(a, device), leaf(b, device))
         out = otfuse.sinkhorn(leaves[0], 0.1, *leaves[1:], grad=grad, backend=backend)
@@ -284,9 +307,11 @@ def test_no_history_is_kept_without_a_gradient(backend, device, inputs):
     tracked = otfuse.sinkhorn(inputs["cost"], 0.1, inputs["a"], backend=backend)
     assert plain.plan.grad_fn is None and tracked.plan.requires_grad
     for one, other in zip(plain, tracked):
-        assert torch.equal(one, other)
+        # Where nothing is to be learnt, tpc solves items this small a lane each, with another order of sums.
+        atol = few_roundings() if backend == "tpc" else 0
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=atol)
     expected = specified_sinkhorn(inputs["cost"], 0.1, inputs["a"])
-    torch.testing.assert_close(plain.plan, expected.plan, rtol=0, atol=10 * FEW_ROUNDINGS)
+    torch.testing.assert_close(plain.plan, expected.plan, rtol=0, atol=10 * few_roundings())
 
 
 def test_gradients_of_the_marginal_error_are_none(backend, inputs):

@@ -7,10 +7,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import (
-    EPS64,
-    FEW_ROUNDINGS,
     Known,
     assert_solves,
+    eps,
+    few_roundings,
+    inner,
     known_problems,
     normalised,
     padded_weights,
@@ -28,9 +29,9 @@ sizes = st.integers(1, 20)
 
 
 def solve(known: Known, backend: str, device: torch.device, **options) -> otfuse.SinkhornOutput:
-    a, b = (None if w is None else w.to(device) for w in (known.a, known.b))
+    a, b = (None if w is None else w.to(device, inner()) for w in (known.a, known.b))
     options = {"num_iters": known.num_iters, **options}
-    out = otfuse.sinkhorn(known.cost.to(device), known.epsilon, a, b, backend=backend, **options)
+    out = otfuse.sinkhorn(known.cost.to(device, inner()), known.epsilon, a, b, backend=backend, **options)
     return otfuse.SinkhornOutput(*(value.cpu() for value in out))
 
 
@@ -55,12 +56,12 @@ def test_plain_tensors_of_weights_and_masks(backend, device, seed, N, M):
     cost = rand(seed, 2, N, M).to(device)
     a, mask = padded_weights(seed, 2, N).to(device), (padded_weights(seed + 9, 2, M) != 0).to(device)
     out = otfuse.sinkhorn(cost, 0.1, a, mask, backend=backend)
-    same = otfuse.sinkhorn(cost, 0.1, 4 * a, 0.5 * mask.double(), backend=backend)
+    same = otfuse.sinkhorn(cost, 0.1, 4 * a, 0.5 * mask.to(a.dtype), backend=backend)
     for name, one, other in zip(out._fields, out, same):
         assert torch.equal(one, other), name  # scaling by a power of two is exact
     uniform = otfuse.sinkhorn(cost, 0.1, backend=backend)
     ones = otfuse.sinkhorn(cost, 0.1, torch.ones_like(a), torch.ones_like(mask), backend=backend)
-    torch.testing.assert_close(ones.plan, uniform.plan, rtol=0, atol=FEW_ROUNDINGS * 10)
+    torch.testing.assert_close(ones.plan, uniform.plan, rtol=0, atol=few_roundings() * 10)
 
 
 @given(seed=seeds, N=sizes, M=sizes, epsilon=st.sampled_from([1.0, 0.1, 0.01]))
@@ -69,12 +70,12 @@ def test_swapping_sides_transposes_the_converged_plan(backend, device, seed, N, 
     # log K within two of each other: a round contracts by tanh(4 / 4)² = 0.58 or better, 150 rounds by 1e-35.
     one = solve(Known(cost, epsilon, cost, 0, a, b, 150), backend, device)
     other = solve(Known(cost.mT, epsilon, cost.mT, 0, b, a, 150), backend, device)
-    torch.testing.assert_close(other.plan.mT, one.plan, rtol=0, atol=FEW_ROUNDINGS / (1 - 0.58))
+    torch.testing.assert_close(other.plan.mT, one.plan, rtol=0, atol=few_roundings() / (1 - 0.58))
     log_a, log_b = normalised(a).log(), normalised(b).log()
     # Which potential carries the constant is a matter of who was last: compare their sum.
     sums = one.f[:, :, None] + one.g[:, None, :], (other.g[:, :, None] + other.f[:, None, :])
     size = 4 * epsilon * (1 + log_a.abs().max() + log_b.abs().max())
-    torch.testing.assert_close(*sums, rtol=0, atol=float(FEW_ROUNDINGS * size / (1 - 0.58)))
+    torch.testing.assert_close(*sums, rtol=0, atol=float(few_roundings() * size / (1 - 0.58)))
 
 
 @given(seed=seeds, N=sizes, M=sizes)
@@ -84,7 +85,7 @@ def test_shifting_rows_and_columns_of_the_cost_moves_only_potentials(backend, de
     problem, shifted = (Known(c, 0.1, c, 0, weights(seed, 2, N), None, 9) for c in (cost, cost + shift))
     one, other = solve(problem, backend, device), solve(shifted, backend, device)
     # Shifts reach some 8 * 5, and log K that over epsilon: a rounding there is an error in the plan.
-    close = {"rtol": 0, "atol": 40 / 0.1 * FEW_ROUNDINGS}
+    close = {"rtol": 0, "atol": 40 / 0.1 * few_roundings()}
     torch.testing.assert_close(other.plan, one.plan, **close)
     torch.testing.assert_close(other.f - shift[:, :, 0], one.f, **close)
     torch.testing.assert_close(other.g, one.g, **close)
@@ -117,7 +118,7 @@ def test_permuting_tokens_permutes_the_answer(backend, device, seed, N, M, kind,
         value = getattr(one, name).cpu()
         value = value[:, columns] if name == "y" else value[:, rows]
         value = value[:, :, columns] if name == "plan" else value
-        torch.testing.assert_close(getattr(other, name).cpu(), value, rtol=0, atol=size * FEW_ROUNDINGS, msg=name)
+        torch.testing.assert_close(getattr(other, name).cpu(), value, rtol=0, atol=size * few_roundings(), msg=name)
 
 
 @given(seed=seeds, N=sizes, M=sizes, epsilon=st.sampled_from([1.0, 0.1, 0.01, 0.001]))
@@ -128,14 +129,14 @@ def test_attended_tokens_are_the_plan_times_tokens(backend, device, seed, N, M, 
     sides = {"a": a.to(device), "b": b.to(device), "backend": backend, "return_plan": True}
     out = otfuse.sinkhorn_attend(x.to(device), y.to(device), epsilon, **sides)
     plan = out.plan.cpu()
-    close = {"rtol": 0, "atol": 5 * FEW_ROUNDINGS}  # tokens reach 5
+    close = {"rtol": 0, "atol": 5 * few_roundings()}  # tokens reach 5
     torch.testing.assert_close(out.x.cpu(), x + plan @ y, **close)
     torch.testing.assert_close(out.y.cpu(), y + plan.mT @ x, **close)
     out = otfuse.sinkhorn_attend(x.to(device), y.to(device), epsilon, weights="barycentric", **sides)
     map_x = torch.where((a != 0)[:, :, None], plan / normalised(a)[:, :, None], 0)
     map_y = torch.where((b != 0)[:, None, :], plan / normalised(b)[:, None, :], 0)
     # Dividing by the smallest weight, 0.1 of 3.1 at most 20 of them, makes the plan's roundings larger.
-    close = {"rtol": 0, "atol": 5 * 31 * 20 * FEW_ROUNDINGS}
+    close = {"rtol": 0, "atol": 5 * 31 * 20 * few_roundings()}
     torch.testing.assert_close(out.x.cpu(), x + map_x @ y, **close)
     torch.testing.assert_close(out.y.cpu(), y + map_y.mT @ x, **close)
     live = (b != 0).to(map_y.dtype)
@@ -158,20 +159,20 @@ def test_tol_stops_each_item_at_its_own_round(backend, device, seed, N, M, log_t
     cost, a, b = rand(seed, 5, N, M), normalised(weights(seed + 1, 5, N)), normalised(weights(seed + 2, 5, M))
     errors = row_errors(cost, epsilon, a, b, most)  # [T, B]
     # Which side of tol an error lies on must not be a matter of rounding (of sums that are one).
-    assume(not ((errors - tol).abs() < FEW_ROUNDINGS).any())
+    assume(not ((errors - tol).abs() < few_roundings()).any())
     below = errors < tol
     expected = torch.where(below.any(0), below.int().argmax(0) + 1, most).int()
     problem = Known(cost, epsilon, cost, 0, a, b, most)
     out = solve(problem, backend, device, tol=tol)
     assert torch.equal(out.num_iters, expected)
     torch.testing.assert_close(
-        out.marginal_error, errors.gather(0, expected[None].long() - 1)[0], rtol=0, atol=FEW_ROUNDINGS / epsilon
+        out.marginal_error, errors.gather(0, expected[None].long() - 1)[0], rtol=0, atol=few_roundings() / epsilon
     )
     for item, rounds in enumerate(expected.tolist()):
         # The answer is that of so many rounds and no tol, neighbours or not.
         alone = Known(cost[[item]], epsilon, cost, 0, a[[item]], b[[item]], rounds)
         for name, one, other in zip(out._fields, solve(alone, backend, device), out):
-            torch.testing.assert_close(one[0], other[item], rtol=0, atol=FEW_ROUNDINGS / epsilon, msg=name)
+            torch.testing.assert_close(one[0], other[item], rtol=0, atol=few_roundings() / epsilon, msg=name)
 
 
 def test_items_of_one_batch_do_stop_at_different_rounds(backend, device):
@@ -190,13 +191,13 @@ def test_marginals_at_every_dtype(backend, device, dtype, epsilon):
     b = weights(0, 4, 20, dtype).to(device)
     out = otfuse.sinkhorn_attend(x, y, epsilon, b=b, backend=backend, return_plan=True)
     assert out.x.dtype == out.y.dtype == out.plan.dtype == dtype
-    inner = torch.float64 if dtype == torch.float64 else torch.float32
-    assert out.f.dtype == out.g.dtype == out.marginal_error.dtype == inner
+    solved = torch.float64 if dtype == torch.float64 else torch.float32
+    assert out.f.dtype == out.g.dtype == out.marginal_error.dtype == solved
     plan = out.plan.double()
     # A plan entry is rounded by half an eps of its own size (or to the smallest float16, 6e-8, once halved);
     # before that a sum of at most 33 terms and four more operations in the inner dtype.
     absolute = 33 * 20 * 3e-8 if dtype == torch.float16 else 0
-    eps = torch.finfo(dtype).eps / 2 + 37 * torch.finfo(inner).eps
+    eps = torch.finfo(dtype).eps / 2 + 37 * torch.finfo(solved).eps
     assert ((plan.sum(1) - normalised(b.double())).abs().sum(1) <= eps + absolute).all()
     error = (plan.sum(2) - 1 / 33).abs().sum(1)
     assert ((out.marginal_error - error).abs() <= eps + absolute).all()
@@ -205,12 +206,12 @@ def test_marginals_at_every_dtype(backend, device, dtype, epsilon):
 @pytest.mark.parametrize("num_iters", [1, 2, 3])
 def test_fewest_rounds_by_hand(backend, device, num_iters):
     cost, a, b = rand(0, 3, 5, 4), normalised(weights(1, 3, 5)), normalised(weights(2, 3, 4))
-    K, v = torch.exp(-cost / 0.3), torch.ones(3, 4, dtype=torch.float64)
+    K, v = torch.exp(-cost / 0.3), torch.ones(3, 4, dtype=inner())
     for _ in range(num_iters):
         u = a / (K @ v[:, :, None])[:, :, 0]
         v = b / (K.mT @ u[:, :, None])[:, :, 0]
     out = solve(Known(cost, 0.3, cost, 0, a, b, num_iters), backend, device)
-    close = {"rtol": 0, "atol": 20 * EPS64}
+    close = {"rtol": 0, "atol": 20 * eps()}
     torch.testing.assert_close(out.plan, u[:, :, None] * K * v[:, None, :], **close)
     # One round fixes the constant that the potentials have in common.
     torch.testing.assert_close(out.f, 0.3 * u.log(), **close)

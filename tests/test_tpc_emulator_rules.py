@@ -297,7 +297,7 @@ def test_processes_that_compile_at_the_same_time(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(EmulatorError, match="cannot write to .*set XDG_CACHE_HOME"):
+    with pytest.raises(EmulatorError, match=r"cannot write to .*set XDG_CACHE_HOME"):
         emulator._library(emulator.sources() / "gaudi2/survey_f32.c", (), False, False)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
+from torch.compiler import assume_constant_result, is_compiling
 
 from otfuse import attention, ops, tpc_ops
 from otfuse.attention import Marginals
@@ -22,6 +22,7 @@ from otfuse.backends import _tpc_emulator as emulator
 from otfuse.backends import _tpc_library as built
 from otfuse.backends.base import Backend, Solution, is_installed
 from otfuse.problem import Problem, SinkhornOutput, dtype_name
+from otfuse.registration import is_transformed
 
 __all__ = ["TpcBackend", "is_installed"]
 
@@ -81,14 +82,16 @@ class TpcBackend(Backend):
             values, a, b = values.detach(), a.detach(), b.detach()
         if values.shape[0] == 0:  # nothing to launch
             return Solution(values, a, b, a.new_empty(0), a.new_empty(0, dtype=torch.int32))
-        wanted = torch.is_grad_enabled() and problem.grad != "detach"
-        if not wanted and max(values.shape[1:]) <= SMALL:
+        differentiable = torch.is_grad_enabled() and problem.grad != "detach"
+        wanted = differentiable and any(t.requires_grad for t in (values, a, b))
+        unforeseen = differentiable and (is_compiling() or is_transformed())
+        if not (wanted or unforeseen) and max(values.shape[1:]) <= SMALL:
             return _solve_small(values, a, b, scale, tol, problem)
         inputs = (values.mT.contiguous(), a.contiguous(), b.contiguous())
         inputs = (*inputs, _form(inputs, scale, problem))
         options = (scale, problem.num_iters, tol)
         implicit = problem.grad == "implicit"
-        if wanted and (implicit or any(t.requires_grad for t in inputs)):
+        if wanted or (unforeseen and implicit):  # "sinkhorn" passes for the other: its gradient is that of unroll
             kept = tpc_ops.history_slots(problem.num_iters, implicit)
             op = torch.ops.otfuse_tpc.sinkhorn_history.default
             plan, f, g, report = ops.call(op, *inputs, *options, kept)[:4]
