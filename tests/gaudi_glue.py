@@ -19,8 +19,8 @@ GAUDI, GRECO, GAUDI2, GAUDI3 = 1, 2, 3, 4
 DEVICES = {"gaudi2": GAUDI2, "gaudi3": GAUDI3}
 F32, BF16, I32 = 1 << 12, 1 << 8, 1 << 10
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.int32: I32}
-SUCCESS, NODE_NOT_FOUND, INPUT_COUNT, INPUT_SIZE, OUTPUT_COUNT, OUTPUT_SIZE, DATA_TYPE, UNSUPPORTED = 0, 1, 3, 4, 5, 6, 7, 8
-ELF_BUFFER, MISSING_STRUCTURE, FAILED = 18, 19, 400
+SUCCESS, NODE_NOT_FOUND, INPUT_COUNT, INPUT_SIZE, OUTPUT_COUNT, OUTPUT_SIZE, DATA_TYPE = 0, 1, 3, 4, 5, 6, 7
+UNSUPPORTED, ELF_BUFFER, MISSING_STRUCTURE, FAILED = 8, 18, 19, 400
 MAX_DIMS = 25
 
 
@@ -174,7 +174,7 @@ def signature(kernel: str, dtype: torch.dtype, B: int, N: int, M: int, T: int = 
         "grad_plan": values(B, M, N), "grad_f": f32(B, N), "grad_g": f32(B, M),
     }  # fmt: skip
     gradients = {"grad_values": values(B, M, N), "grad_a": f32(B, N), "grad_b": f32(B, M)}
-    slices = -(-(-(-M // 4)) // tiles)
+    slices = -(-M // (4 * tiles))
     last = {"values": values(N, M, B), "a": f32(N, B), "b": f32(M, B)}
     solution_last = {"plan": values(N, M, B), "f": f32(N, B), "g": f32(M, B), "report": f32(2, B)}
     return {
@@ -303,3 +303,17 @@ def describe(geometry: Geometry, spec: Spec) -> None:
 
 def new(spec: Spec) -> Tensor:
     return torch.zeros(spec.shape, dtype=spec.dtype)
+
+
+# Similarity; the kernel; both attends, and their gradients; its gradient; those of the similarity.
+PRODUCTS = ("sinkhorn_history", "unroll", 1, 6, 2)
+
+
+def products_around_kernels(called: Sequence[str]) -> tuple[str | int, ...]:
+    """The two kernels among the ops of a forward and backward, and the matrix products before, between and after."""
+    full = [name for name in called if "." in name]
+    names = [name.split(".")[1] for name in full]
+    first, last = (i for i, name in enumerate(full) if name.startswith("otfuse"))
+    products = [i for i, name in enumerate(names) if name in ("bmm", "baddbmm", "mm")]
+    between = sum(first < i < last for i in products)
+    return names[first], names[last], sum(i < first for i in products), between, sum(last < i for i in products)

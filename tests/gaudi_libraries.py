@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,8 +21,11 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
+from otfuse.backends._tpc_emulator import cache_folder
+
 ROOT = Path(__file__).parents[1]
 SDK = ROOT / "tests" / "stand_in_sdk"
+BUILD = ROOT / "kernels" / "tpc" / "build.py"
 PLUGIN = "libhabana_pytorch2_plugin.so"
 COMPILER = """#!{python}
 import pathlib, sys
@@ -64,27 +70,54 @@ def packages_of(folder: Path) -> Path:
 
 
 def build_module() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "kernels" / "tpc" / "build.py"))
+    return runpy.run_path(str(BUILD))
 
 
 @functools.cache
+def kept() -> Path:
+    """The folder with the plugin's stand-in, the glue and the ops; made once for each state of their sources."""
+    told = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(f"{ROOT} {torch.__version__} {told}".encode())
+    folders = (SDK, *(ROOT / "kernels" / "tpc" / part for part in ("glue", "torch", "gaudi2", "gaudi3")))
+    for source in (Path(__file__), BUILD, *(file for folder in folders for file in sorted(folder.iterdir()))):
+        digest.update(source.name.encode() + source.read_bytes())
+    folder = cache_folder() / f"stand-in-{digest.hexdigest()[:24]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            make_plugin(scratch / PLUGIN)
+            make_libraries(scratch, folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
 def plugin() -> Path:
-    """The stand-in for Habana's plugin, compiled once a process."""
-    made = Path(tempfile.mkdtemp(prefix="otfuse-plugin-")) / PLUGIN
+    return kept() / PLUGIN
+
+
+def libraries() -> tuple[Path, Path]:
+    """Glue and ops."""
+    return kept() / "libotfuse_tpc_kernels.so", kept() / "libotfuse_hpu.so"
+
+
+def make_plugin(target: Path) -> None:
+    """The stand-in for Habana's plugin."""
     includes = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
     libraries = [flag for folder in cpp_extension.library_paths() for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", abi, f"-I{SDK}"]
     source = str(SDK / "stand_in_plugin.cpp")
-    command = ["c++", *flags, *includes, source, *libraries, "-lc10", "-ltorch_cpu", "-o", str(made)]
+    named = f"-Wl,-soname,{PLUGIN}"  # so that who opens it by path and who links to it get the same
+    command = ["c++", *flags, *includes, source, *libraries, "-lc10", "-ltorch_cpu", named, "-o", str(target)]
     subprocess.run(command, check=True)
-    return made
 
 
-@functools.cache
-def libraries() -> tuple[Path, Path]:
-    """Glue and ops, built once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="otfuse-gaudi-"))
+def make_libraries(folder: Path, later: Path) -> None:
+    """Glue and ops in ``folder``, by the functions of the build; they are to be moved to ``later``."""
     write_compiler(folder / "bin")
     build = build_module()
     tools = build["Toolchain"](
@@ -92,7 +125,8 @@ def libraries() -> tuple[Path, Path]:
         cxx="c++",
         glue_include=str(SDK),
         op_includes=[*cpp_extension.include_paths(), str(SDK)],
-        op_libraries=[*cpp_extension.library_paths(), str(plugin().parent)],
+        op_libraries=[*cpp_extension.library_paths(), str(folder), str(later)],
         cxx11_abi=torch.compiled_with_cxx11_abi(),
     )
-    return build["build_glue"](tools, folder), build["build_ops"](tools, folder)
+    build["build_glue"](tools, folder)
+    build["build_ops"](tools, folder)

@@ -1,7 +1,9 @@
 // Habana's PyTorch plugin as far as the ops use it: keeps what is registered, and hands an op's guid, parameters and
-// tensors to a function of the test, in the place of the graph compiler.
+// tensors to a function of the test, in the place of the graph compiler. To torch there is one device.
 
 #include <ATen/Functions.h>
+#include <ATen/detail/HPUHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <map>
 
@@ -30,7 +32,38 @@ std::map<std::string, habana::custom_op::UserCustomOpDescriptor>& registered() {
     return ops;
 }
 
+struct HPUHooks : at::HPUHooksInterface {
+    explicit HPUHooks(at::HPUHooksArgs) {}
+    bool hasHPU() const override { return true; }
+    bool isBuilt() const override { return true; }
+    bool isAvailable() const override { return true; }
+    bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+    c10::DeviceIndex deviceCount() const override { return 1; }
+    c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+
+// Everything is done when it is asked for: there is nothing to wait for.
+struct StandInGuard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::HPU> {
+    static c10::Device device() { return {c10::DeviceType::HPU, 0}; }
+    static c10::Stream stream() { return {c10::Stream::DEFAULT, device()}; }
+    c10::Device exchangeDevice(c10::Device) const override { return device(); }
+    c10::Device getDevice() const override { return device(); }
+    c10::Stream getStream(c10::Device) const override { return stream(); }
+    c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
+    c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+    void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+    void block(void*, const c10::Stream&) const override {}
+    bool queryEvent(void*) const override { return true; }
+    void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+};
+
+C10_REGISTER_GUARD_IMPL(HPU, StandInGuard)
+
 }  // namespace
+
+namespace at {
+REGISTER_HPU_HOOKS(HPUHooks);
+}
 
 extern "C" void stand_in_execute_with(Executor function) { executor = function; }
 
