@@ -13,7 +13,7 @@ typedef struct {
   int wu, wv;  // what a half round sends through K; where a kernel has none, room of its own
 } adjoints;
 
-static adjoints lay_out_adjoints(shape* s) {
+static inline adjoints lay_out_adjoints(shape* s) {
   adjoints d;
   d.du = s->next;
   d.wu = d.du + s->row_blocks;
@@ -24,7 +24,7 @@ static adjoints lay_out_adjoints(shape* s) {
 }
 
 // The plan's tiles of a block of rows in column tile c; K, u and v are those of the last round.
-static four plan_tiles(shape s, vectors p, int block, int c) {
+static inline four plan_tiles(shape s, vectors p, int block, int c) {
   const places t = row_places(s, block);
   const four u = spread_rows(local[p.u + block]);
   const float64 v = spread_column(local[p.v + (c >> 4)], c);
@@ -36,7 +36,7 @@ static four plan_tiles(shape s, vectors p, int block, int c) {
 }
 
 // grad_plan times plan, tile by tile: zero where the plan is, whatever the gradient says there.
-static four weighed_tiles(shape s, vectors p, tensor grad_plan, int item, int block, int c) {
+static inline four weighed_tiles(shape s, vectors p, tensor grad_plan, int item, int block, int c) {
   const four plan = plan_tiles(s, p, block, c);
   const float64 one = 1.0f;
   four x = load_tiles(s, grad_plan, item, block, c, one, one, one, one);
@@ -46,7 +46,7 @@ static four weighed_tiles(shape s, vectors p, tensor grad_plan, int item, int bl
   return x;
 }
 
-static float64 sum_of_tiles(shape s, vectors p, tensor grad_plan, int item, int c) {
+static inline float64 sum_of_tiles(shape s, vectors p, tensor grad_plan, int item, int c) {
   float64 sum = 0.0f;
   if (c < s.column_tiles) {
     for (int block = 0; block < s.row_blocks; block++) {
@@ -58,7 +58,7 @@ static float64 sum_of_tiles(shape s, vectors p, tensor grad_plan, int item, int 
 }
 
 // du = (G P) 1 + epsilon df and dv = (G P)' 1 + epsilon dg, where there is any weight.
-static void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, tensor grad_f, tensor grad_g, int item) {
+static inline void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, tensor grad_f, tensor grad_g, int item) {
   const float64 epsilon = quotient((float64)1.0f, r.size);
   for (int block = 0; block < s.row_blocks; block++) {
     float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
@@ -89,11 +89,11 @@ static void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, ten
   }
 }
 
-static void clear(int first, int count) {
+static inline void clear(int first, int count) {
   for (int k = 0; k < count; k++) local[first + k] = 0.0f;
 }
 
 // x / weight where there is any.
-static float64 share_of(float64 x, float64 weight) {
+static inline float64 share_of(float64 x, float64 weight) {
   return where_positive(weight, quotient(x, weight), (float64)0.0f);
 }

@@ -1,7 +1,7 @@
 // What is kept of a round for the backward, private to these kernels: u, v, and where the form is ABSORBED what was
 // folded into K. Blocks of 64 one after the other, as they lie in local memory.
 
-static void record(shape s, vectors p, tensor history, int item, int slot, int form) {
+static inline void record(shape s, vectors p, tensor history, int item, int slot, int form) {
   if (slot < 0) return;
   int at = 0;
   for (int k = 0; k < s.row_blocks; k++, at += 64) v_f32_st_tnsr(place(at, slot, item), history, local[p.u + k]);
@@ -12,15 +12,15 @@ static void record(shape s, vectors p, tensor history, int item, int slot, int f
 }
 
 // The scalings of a slot; and what was folded into K then, for the ABSORBED form: K is to be filled again.
-static void restore_columns(shape s, tensor history, int item, int slot, int v) {
+static inline void restore_columns(shape s, tensor history, int item, int slot, int v) {
   for (int k = 0; k < s.column_blocks; k++)
     local[v + k] = v_f32_ld_tnsr_b(place(64 * (s.row_blocks + k), slot, item), history);
 }
-static void restore_scalings(shape s, vectors p, tensor history, int item, int slot) {
+static inline void restore_scalings(shape s, vectors p, tensor history, int item, int slot) {
   for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = v_f32_ld_tnsr_b(place(64 * k, slot, item), history);
   restore_columns(s, history, item, slot, p.v);
 }
-static void restore_folds(shape s, vectors p, tensor history, int item, int slot) {
+static inline void restore_folds(shape s, vectors p, tensor history, int item, int slot) {
   int at = 64 * (s.row_blocks + s.column_blocks);
   for (int k = 0; k < s.row_blocks; k++, at += 64) local[p.log_u + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
   for (int k = 0; k < s.column_blocks; k++, at += 64) local[p.log_v + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);

@@ -13,20 +13,20 @@ typedef struct {
   int sums, solution, residual, direction, scaled;
 } solve;
 
-static float64 dot(shape s, int x, int y) {
+static inline float64 dot(shape s, int x, int y) {
   float64 sum = 0.0f;
   for (int k = 0; k < s.column_blocks; k++) sum = v_f32_mac_b(local[x + k], local[y + k], sum);
   return over_all_lanes(s.by, SUM, sum);
 }
 
 // K := the plan.
-static void fill_plan(shape s, vectors p) {
+static inline void fill_plan(shape s, vectors p) {
   for (int block = 0; block < s.row_blocks; block++)
     for (int c = 0; c < s.column_tiles; c++) keep_tiles(s, s.matrix, block, c, plan_tiles(s, p, block, c));
 }
 
 // The solution of (diag(c) (1 + ridge) - P' diag(1/r) P + c c') x = residual, from x = 0.
-static void conjugate_gradients(shape s, solve q, int rows, int outer, int steps) {
+static inline void conjugate_gradients(shape s, solve q, int rows, int outer, int steps) {
   const float64 zero = 0.0f;
   float64 product, enough;
   for (int k = 0; k < s.column_blocks; k++) {

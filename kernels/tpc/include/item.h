@@ -22,7 +22,7 @@ typedef struct {
 } shape;
 
 // Tile (r, c) of the matrix lies at matrix + c row_tiles + r.
-static shape shape_of(tensor values, int matrix) {
+static inline shape shape_of(tensor values, int matrix) {
   shape s;
   s.N = get_dim_size(values, 0);
   s.M = get_dim_size(values, 1);
@@ -36,24 +36,24 @@ static shape shape_of(tensor values, int matrix) {
   return s;
 }
 
-static int5 place(int i0, int i1, int i2) {
+static inline int5 place(int i0, int i1, int i2) {
   int5 at = {i0, i1, i2, 0, 0};
   return at;
 }
 
 // A number of an input [B, n], as a scalar: what a kernel may branch on.
-static float scalar_of(tensor from, int i, int item) { return s_f32_ld_g(gen_addr(place(i, item, 0), from)); }
+static inline float scalar_of(tensor from, int i, int item) { return s_f32_ld_g(gen_addr(place(i, item, 0), from)); }
 
 // ---- rows: blocks of 64 in order
 
-static float64 load_rows(tensor from, int block, int item) { return v_f32_ld_tnsr_b(place(64 * block, item, 0), from); }
-static void store_rows(tensor to, int block, int item, float64 x) { v_f32_st_tnsr(place(64 * block, item, 0), to, x); }
+static inline float64 load_rows(tensor from, int block, int item) { return v_f32_ld_tnsr_b(place(64 * block, item, 0), from); }
+static inline void store_rows(tensor to, int block, int item, float64 x) { v_f32_st_tnsr(place(64 * block, item, 0), to, x); }
 
 // ---- columns
 
-static int tiles_in_block(shape s, int block) { return s_i32_min(16, s.column_tiles - 16 * block); }
+static inline int tiles_in_block(shape s, int block) { return s_i32_min(16, s.column_tiles - 16 * block); }
 
-static float64 load_columns(shape s, tensor from, int block, int item) {
+static inline float64 load_columns(shape s, tensor from, int block, int item) {
   const int first = 16 * block;
   const float64 x0 = v_f32_ld_tnsr_b(place(first, item, 0), from);
   const float64 x1 = v_f32_ld_tnsr_b(place(s.column_tiles + first, item, 0), from);
@@ -67,7 +67,7 @@ static float64 load_columns(shape s, tensor from, int block, int item) {
   return v_f32_sel_grt_u32_b((uint64)(uint32_t)tiles_in_block(s, block), reversed_lane(), x, (float64)0.0f);
 }
 
-static void store_columns(shape s, tensor to, int block, int item, float64 x) {
+static inline void store_columns(shape s, tensor to, int block, int item, float64 x) {
   const int first = 16 * block, last = tiles_in_block(s, block) - 1;
   x = reverse_lanes(x);
   v_f32_st_tnsr_partial(place(first, item, 0), to, x, last, 0);
@@ -89,7 +89,7 @@ static void store_columns(shape s, tensor to, int block, int item, float64 x) {
 typedef struct {
   int t0, t1, t2, t3;
 } places;
-static places row_places(shape s, int block) {
+static inline places row_places(shape s, int block) {
   places p;
   p.t0 = 4 * block;
   p.t1 = s_i32_min(4 * block + 1, s.row_tiles - 1);
@@ -97,7 +97,7 @@ static places row_places(shape s, int block) {
   p.t3 = s_i32_min(4 * block + 3, s.row_tiles - 1);
   return p;
 }
-static places column_places(shape s, int tile) {
+static inline places column_places(shape s, int tile) {
   places p;
   p.t0 = s.matrix + tile * s.row_tiles;
   p.t1 = s.matrix + s_i32_min(tile + 1, s.column_tiles - 1) * s.row_tiles;
@@ -106,7 +106,7 @@ static places column_places(shape s, int tile) {
   return p;
 }
 
-static four spread_rows(float64 x) {
+static inline four spread_rows(float64 x) {
   four y;
   y.v0 = SPREAD_DUAL_GROUP(x, 0);
   y.v1 = SPREAD_DUAL_GROUP(x, 1);
@@ -118,7 +118,7 @@ static four spread_rows(float64 x) {
 // ---- products of the matrix at 0 with a vector
 
 // Sums over the columns, sum_j K_ij w_j, for the rows of a block; w are the column blocks at `w`.
-static float64 times_columns(shape s, int block, int w) {
+static inline float64 times_columns(shape s, int block, int w) {
   const places r = row_places(s, block);
   float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
 #define COLUMN(x, i)                             \
@@ -148,7 +148,7 @@ static float64 times_columns(shape s, int block, int w) {
 }
 
 // Sums over the rows, sum_i K_ij w_i, for the columns of a block; w are the row blocks at `w`.
-static float64 times_rows(shape s, int block, int w) {
+static inline float64 times_rows(shape s, int block, int w) {
   float64 z[4];
   const int tiles = tiles_in_block(s, block);
 #define COLUMN(i)                                       \
@@ -180,7 +180,7 @@ static float64 times_rows(shape s, int block, int w) {
 // ---- values to tiles and back
 
 // Four tiles of `values` times `sign`, those of a block of rows in column tile c. Padding becomes `otherwise`.
-static four load_tiles(shape s, tensor values, int item, int block, int c, float64 live_rows, float64 live_columns, float64 sign,
+static inline four load_tiles(shape s, tensor values, int item, int block, int c, float64 live_rows, float64 live_columns, float64 sign,
                        float64 otherwise) {
   four x;
 #define LOAD(d)                                                                          \
@@ -198,7 +198,7 @@ static four load_tiles(shape s, tensor values, int item, int block, int c, float
 }
 
 // Four tiles to their columns of `to`, those of a block of rows in column tile c.
-static void store_tiles(shape s, tensor to, int item, int block, int c, four x) {
+static inline void store_tiles(shape s, tensor to, int item, int block, int c, four x) {
   x = transposed(x);
   STORE_VALUES(place(64 * block, c, item), to, x.v0);
   STORE_VALUES(place(64 * block, s.column_tiles + c, item), to, x.v1);
@@ -207,7 +207,7 @@ static void store_tiles(shape s, tensor to, int item, int block, int c, four x) 
 }
 
 // The same for tile c of a column block held in x: what belongs to its columns, in all lanes of their dual groups.
-static float64 spread_column(float64 x, int c) {
+static inline float64 spread_column(float64 x, int c) {
   const int lane = c & 15;
   const int source = ((lane & 1) << 5) | ((lane & 2) << 1) | ((lane & 4) >> 1) | (lane >> 3);
   return v_f32_shuffle_b(x, (uchar256)(uint64)(uint32_t)(ENABLE | source), 0, x);

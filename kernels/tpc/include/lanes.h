@@ -14,45 +14,45 @@
 
 // The selector of a shuffle: byte 4 l of lane l holds the source lane (bits 0-2), its group (bit 5), and an enable bit.
 #define ENABLE 0x80
-static uint64 source_lane(uint64 lane) { return (lane & 7) | (((lane >> 3) & 1) << 5); }
+static inline uint64 source_lane(uint64 lane) { return (lane & 7) | (((lane >> 3) & 1) << 5); }
 
 // Selectors that take the partner at distance `bit` within a dual group: all lanes, those whose bit is clear, set.
-static uchar256 partner(uint64 bit) { return (uchar256)(source_lane(V_LANE_ID_32 ^ bit) | ENABLE); }
-static uchar256 partner_if_clear(uint64 bit, int shift) {
+static inline uchar256 partner(uint64 bit) { return (uchar256)(source_lane(V_LANE_ID_32 ^ bit) | ENABLE); }
+static inline uchar256 partner_if_clear(uint64 bit, int shift) {
   return (uchar256)(source_lane(V_LANE_ID_32 ^ bit) | ((((V_LANE_ID_32 >> shift) & 1) ^ 1) << 7));
 }
-static uchar256 partner_if_set(uint64 bit, int shift) {
+static inline uchar256 partner_if_set(uint64 bit, int shift) {
   return (uchar256)(source_lane(V_LANE_ID_32 ^ bit) | (((V_LANE_ID_32 >> shift) & 1) << 7));
 }
 
 // The four bits of a lane's place in its dual group, in reverse order.
-static uint64 reversed_lane() {
+static inline uint64 reversed_lane() {
   const uint64 lane = V_LANE_ID_32;
   return ((lane & 1) << 3) | ((lane & 2) << 1) | ((lane >> 1) & 2) | ((lane >> 3) & 1);
 }
-static float64 reverse_lanes(float64 x) {
+static inline float64 reverse_lanes(float64 x) {
   return v_f32_shuffle_b(x, (uchar256)(source_lane(reversed_lane()) | ENABLE), 0, x);
 }
 
 // How lanes are put together: added up, or the larger one kept. A constant wherever it is used.
 #define SUM 0
 #define LARGEST 1
-static float64 joined(int how, float64 x, float64 y) { return how == SUM ? v_f32_add_b(x, y) : v_f32_max_b(x, y); }
+static inline float64 joined(int how, float64 x, float64 y) { return how == SUM ? v_f32_add_b(x, y) : v_f32_max_b(x, y); }
 
 // Two vectors become one, each reduced by half: a fills the dual groups, groups or lanes named first, b the others.
-static float64 fold_32(int how, float64 a, float64 b) {
+static inline float64 fold_32(int how, float64 a, float64 b) {
   return joined(how, MOVE_DUAL_GROUPS(a, 2, 3, 0, 0, MkWrA(3, 3, 0, 0), b),
                 MOVE_DUAL_GROUPS(b, 0, 0, 0, 1, MkWrA(0, 0, 3, 3), a));
 }
-static float64 fold_16(int how, float64 a, float64 b) {
+static inline float64 fold_16(int how, float64 a, float64 b) {
   return joined(how, MOVE_DUAL_GROUPS(a, 1, 0, 3, 0, MkWrA(3, 0, 3, 0), b),
                 MOVE_DUAL_GROUPS(b, 0, 0, 0, 2, MkWrA(0, 3, 0, 3), a));
 }
-static float64 fold_8(int how, float64 a, float64 b) {
+static inline float64 fold_8(int how, float64 a, float64 b) {
   return joined(how, v_f32_mov_group_b(a, EVERY_LANE, SW_GROUP0_EN | EVERY_DUAL_GROUP, b),
                 v_f32_mov_group_b(b, EVERY_LANE, SW_GROUP1_EN | EVERY_DUAL_GROUP, a));
 }
-static float64 fold_lanes(int how, float64 a, float64 b, uchar256 if_clear, uchar256 if_set) {
+static inline float64 fold_lanes(int how, float64 a, float64 b, uchar256 if_clear, uchar256 if_set) {
   return joined(how, v_f32_shuffle_b(a, if_clear, 0, b), v_f32_shuffle_b(b, if_set, 0, a));
 }
 
@@ -60,7 +60,7 @@ static float64 fold_lanes(int how, float64 a, float64 b, uchar256 if_clear, ucha
 typedef struct {
   uchar256 all4, clear4, set4, all2, clear2, set2, all1, clear1, set1;
 } selectors;
-static selectors make_selectors() {
+static inline selectors make_selectors() {
   selectors by;
   by.all4 = partner(4);
   by.clear4 = partner_if_clear(4, 2);
@@ -75,25 +75,25 @@ static selectors make_selectors() {
 }
 
 // Four vectors, one for each row tile, to one: dual group k holds vector k reduced over the dual groups.
-static float64 fold_rows_of(int how, float64 s0, float64 s1, float64 s2, float64 s3) {
+static inline float64 fold_rows_of(int how, float64 s0, float64 s1, float64 s2, float64 s3) {
   return fold_16(how, fold_32(how, s0, s2), fold_32(how, s1, s3));
 }
 
 // Four vectors to one, reduced within the dual groups down to four lanes; four such vectors to one: their columns.
-static float64 fold_quad(selectors by, int how, float64 s0, float64 s1, float64 s2, float64 s3) {
+static inline float64 fold_quad(selectors by, int how, float64 s0, float64 s1, float64 s2, float64 s3) {
   return fold_lanes(how, fold_8(how, s0, s1), fold_8(how, s2, s3), by.clear4, by.set4);
 }
-static float64 fold_quads(selectors by, int how, float64 z0, float64 z1, float64 z2, float64 z3) {
+static inline float64 fold_quads(selectors by, int how, float64 z0, float64 z1, float64 z2, float64 z3) {
   const float64 y0 = fold_lanes(how, z0, z1, by.clear2, by.set2), y1 = fold_lanes(how, z2, z3, by.clear2, by.set2);
   return fold_lanes(how, y0, y1, by.clear1, by.set1);
 }
 
 // Every lane gets what its dual group comes to over a bit of the lane's number, or all 64.
-static float64 over_groups(int how, float64 x) {
+static inline float64 over_groups(int how, float64 x) {
   return joined(how, x, v_f32_mov_group_b(x, EVERY_LANE, BOTH_GROUPS | EVERY_DUAL_GROUP, x));
 }
-static float64 over_partners(int how, float64 x, uchar256 all) { return joined(how, x, v_f32_shuffle_b(x, all, 0, x)); }
-static float64 over_all_lanes(selectors by, int how, float64 x) {
+static inline float64 over_partners(int how, float64 x, uchar256 all) { return joined(how, x, v_f32_shuffle_b(x, all, 0, x)); }
+static inline float64 over_all_lanes(selectors by, int how, float64 x) {
   x = joined(how, x, MOVE_DUAL_GROUPS(x, 2, 3, 0, 1, MkWrA(3, 3, 3, 3), x));
   x = joined(how, x, MOVE_DUAL_GROUPS(x, 1, 0, 3, 2, MkWrA(3, 3, 3, 3), x));
   x = over_groups(how, x);
@@ -106,7 +106,7 @@ static float64 over_all_lanes(selectors by, int how, float64 x) {
 typedef struct {
   float64 v0, v1, v2, v3;
 } four;
-static four transposed(four x) {
+static inline four transposed(four x) {
   const float64 y0 = MOVE_DUAL_GROUPS(x.v2, 0, 0, 0, 1, MkWrA(0, 0, 3, 3), x.v0);
   const float64 y2 = MOVE_DUAL_GROUPS(x.v0, 2, 3, 0, 0, MkWrA(3, 3, 0, 0), x.v2);
   const float64 y1 = MOVE_DUAL_GROUPS(x.v3, 0, 0, 0, 1, MkWrA(0, 0, 3, 3), x.v1);

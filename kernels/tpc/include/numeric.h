@@ -1,17 +1,17 @@
 // exp, log and reciprocal in float32, without LOOKUP, and selections by sign.
 
-static int64 bits_of(float64 x) { return *((int64*)&x); }
-static float64 from_bits(int64 bits) { return *((float64*)&bits); }
+static inline int64 bits_of(float64 x) { return *((int64*)&x); }
+static inline float64 from_bits(int64 bits) { return *((float64*)&bits); }
 
 #define INFINITE __builtin_inff()
 
-static float64 where_positive(float64 condition, float64 yes, float64 no) {
+static inline float64 where_positive(float64 condition, float64 yes, float64 no) {
   return v_f32_sel_grt_f32_b(condition, (float64)0.0f, yes, no);
 }
 
 // y / x for normal positive x: a seed by integer arithmetic, two Newton steps for the reciprocal, and one for the
 // quotient. Fused, it is all but correctly rounded: an error of one sign would add up over the rounds.
-static float64 quotient(float64 y, float64 x) {
+static inline float64 quotient(float64 y, float64 x) {
   const float64 one = 1.0f;
   float64 z = from_bits(0x7EF311C7 - bits_of(x));
   z = v_f32_mac_b(z, v_f32_mac_b(x, z, one, SW_NEG), z);
@@ -21,7 +21,7 @@ static float64 quotient(float64 y, float64 x) {
 }
 
 // exp(x) for x <= 88, 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.
-static float64 exponential(float64 x) {
+static inline float64 exponential(float64 x) {
   const float64 n = v_f32_nearbyint_b(v_f32_mul_b(x, (float64)1.44269504f));
   float64 r = v_f32_mac_b(n, (float64)0.693359375f, x, SW_NEG);
   r = v_f32_mac_b(n, (float64)2.12194440e-4f, r);
@@ -36,7 +36,7 @@ static float64 exponential(float64 x) {
 }
 
 // log(x) for normal positive x. Cephes' polynomial on [sqrt(1/2), sqrt(2)].
-static float64 logarithm(float64 x) {
+static inline float64 logarithm(float64 x) {
   const int64 bits = bits_of(x) + (0x3F800000 - 0x3F3504F3);
   const float64 e = v_convert_i32_to_f32_b(v_i32_shr_b(bits, (int64)23) - 127);
   const float64 z = from_bits((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;

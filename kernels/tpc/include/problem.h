@@ -11,7 +11,7 @@ typedef struct {
   int rows;          // K v
 } vectors;
 
-static vectors lay_out(shape* s) {
+static inline vectors lay_out(shape* s) {
   vectors p;
   p.a = s->next;
   p.u = p.a + s->row_blocks;
@@ -31,7 +31,7 @@ typedef struct {
   float64 mass;        // positive if there is any weight
 } range;
 
-static void load_weights(shape s, vectors p, tensor a, tensor b, int item) {
+static inline void load_weights(shape s, vectors p, tensor a, tensor b, int item) {
   for (int k = 0; k < s.row_blocks; k++) local[p.a + k] = load_rows(a, k, item);
   for (int k = 0; k < s.column_blocks; k++) local[p.b + k] = load_columns(s, b, k, item);
 }
@@ -39,7 +39,7 @@ static void load_weights(shape s, vectors p, tensor a, tensor b, int item) {
 #define LEAST -3.0e38f
 
 // Four tiles of a block of rows to column tile c of the matrix at `matrix`.
-static void keep_tiles(shape s, int matrix, int block, int c, four x) {
+static inline void keep_tiles(shape s, int matrix, int block, int c, four x) {
   const int tile = matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
   local[tile] = x.v0;
   if (tiles > 1) local[tile + 1] = x.v1;
@@ -48,7 +48,7 @@ static void keep_tiles(shape s, int matrix, int block, int c, four x) {
 }
 
 // Reads all values of an item; the other sign of them if `flip`. `keep` leaves them in the place of K, LEAST at padding.
-static range range_of(shape s, vectors p, tensor values, int item, float scale, int flip, int keep) {
+static inline range range_of(shape s, vectors p, tensor values, int item, float scale, int flip, int keep) {
   range r;
   float64 largest = LEAST, poison = 0.0f, mass = 0.0f;
   r.size = scale > 0.0f ? scale : -scale;
@@ -76,7 +76,7 @@ static range range_of(shape s, vectors p, tensor values, int item, float scale, 
 }
 
 // Four tiles of log K with what is folded in; -inf at padding.
-static four log_tiles(shape s, vectors p, range r, tensor values, int item, int block, int c) {
+static inline four log_tiles(shape s, vectors p, range r, tensor values, int item, int block, int c) {
   const float64 a = local[p.a + block], b = spread_column(local[p.b + (c >> 4)], c);
   four x = load_tiles(s, values, item, block, c, a, b, r.sign, (float64)-INFINITE);
   const four log_u = spread_rows(local[p.log_u + block]);
@@ -88,13 +88,13 @@ static four log_tiles(shape s, vectors p, range r, tensor values, int item, int 
 }
 
 // The kernel matrix of the SCALING form, from the values in its place.
-static void fill_scaled(shape s, range r) {
+static inline void fill_scaled(shape s, range r) {
   for (int tile = s.matrix; tile < s.matrix + s.row_tiles * s.column_tiles; tile++)
     local[tile] = exponential(v_f32_mul_b(local[tile] - r.shift, r.size));
 }
 
 // K := its exponential where `renewed` is positive.
-static void fill(shape s, vectors p, range r, tensor values, int item, float64 renewed) {
+static inline void fill(shape s, vectors p, range r, tensor values, int item, float64 renewed) {
   for (int block = 0; block < s.row_blocks; block++) {
     for (int c = 0; c < s.column_tiles; c++) {
       const four x = log_tiles(s, p, r, values, item, block, c);
@@ -110,35 +110,35 @@ static void fill(shape s, vectors p, range r, tensor values, int item, float64 r
 }
 
 // marginal / sums where there is any.
-static float64 divided(float64 marginal, float64 sums) {
+static inline float64 divided(float64 marginal, float64 sums) {
   return where_positive(marginal, quotient(marginal, sums), (float64)0.0f);
 }
 
-static void update_sums(shape s, vectors p) {
+static inline void update_sums(shape s, vectors p) {
   for (int k = 0; k < s.row_blocks; k++) local[p.rows + k] = times_columns(s, k, p.v);
 }
 
 // Scalings of one, of zero at padding.
-static void start_rows(shape s, vectors p) {
+static inline void start_rows(shape s, vectors p) {
   for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = where_positive(local[p.a + k], (float64)1.0f, (float64)0.0f);
 }
-static void start_columns(shape s, vectors p) {
+static inline void start_columns(shape s, vectors p) {
   for (int k = 0; k < s.column_blocks; k++) local[p.v + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
 }
-static void clear_folds(shape s, vectors p) {
+static inline void clear_folds(shape s, vectors p) {
   for (int k = 0; k < s.row_blocks; k++) local[p.log_u + k] = 0.0f;
   for (int k = 0; k < s.column_blocks; k++) local[p.log_v + k] = 0.0f;
 }
 
 // Scalings into what is folded, where `active` is positive; K is then to be filled again.
-static void fold_rows(shape s, vectors p, float64 active) {
+static inline void fold_rows(shape s, vectors p, float64 active) {
   for (int k = 0; k < s.row_blocks; k++) {
     const float64 folded = v_f32_min_b(active, local[p.a + k]);
     local[p.log_u + k] = where_positive(folded, local[p.log_u + k] + logarithm(local[p.u + k]), local[p.log_u + k]);
     local[p.u + k] = where_positive(folded, (float64)1.0f, local[p.u + k]);
   }
 }
-static void fold_columns(shape s, vectors p, float64 active) {
+static inline void fold_columns(shape s, vectors p, float64 active) {
   for (int k = 0; k < s.column_blocks; k++) {
     const float64 folded = v_f32_min_b(active, local[p.b + k]);
     local[p.log_v + k] = where_positive(folded, local[p.log_v + k] + logarithm(local[p.v + k]), local[p.log_v + k]);
@@ -147,7 +147,7 @@ static void fold_columns(shape s, vectors p, float64 active) {
 }
 
 // What makes the largest entry of every row, of every column, one.
-static void lift_rows(shape s, vectors p, range r, tensor values, int item) {
+static inline void lift_rows(shape s, vectors p, range r, tensor values, int item) {
   for (int block = 0; block < s.row_blocks; block++) {
     float64 m0 = LEAST, m1 = LEAST, m2 = LEAST, m3 = LEAST;
     for (int c = 0; c < s.column_tiles; c++) {
@@ -161,7 +161,7 @@ static void lift_rows(shape s, vectors p, range r, tensor values, int item) {
     local[p.log_u + block] = where_positive(local[p.a + block], local[p.log_u + block] - most, (float64)0.0f);
   }
 }
-static float64 largest_of_tiles(shape s, vectors p, range r, tensor values, int item, int c) {
+static inline float64 largest_of_tiles(shape s, vectors p, range r, tensor values, int item, int c) {
   float64 m = LEAST;
   if (c < s.column_tiles) {
     for (int block = 0; block < s.row_blocks; block++) {
@@ -171,7 +171,7 @@ static float64 largest_of_tiles(shape s, vectors p, range r, tensor values, int 
   }
   return m;
 }
-static void lift_columns(shape s, vectors p, range r, tensor values, int item) {
+static inline void lift_columns(shape s, vectors p, range r, tensor values, int item) {
   for (int block = 0; block < s.column_blocks; block++) {
     float64 z[4];
 #define MOST(i) largest_of_tiles(s, p, r, values, item, 16 * block + i)
@@ -185,7 +185,7 @@ static void lift_columns(shape s, vectors p, range r, tensor values, int item) {
 }
 
 // The first round in the log domain, from v = 1: all of its scalings are folded at the end.
-static void log_round(shape s, vectors p, range r, tensor values, int item) {
+static inline void log_round(shape s, vectors p, range r, tensor values, int item) {
   const float64 always = 1.0f;
   clear_folds(s, p);
   lift_rows(s, p, r, values, item);

@@ -12,9 +12,9 @@ typedef struct {
   float64 active, count;  // whether the item is not frozen; rounds run
 } registers;
 
-static int fits_registers(shape s) { return s.row_blocks == 1 && s.column_tiles == REGISTER_COLUMN_TILES; }
+static inline int fits_registers(shape s) { return s.row_blocks == 1 && s.column_tiles == REGISTER_COLUMN_TILES; }
 
-static registers take(vectors p) {
+static inline registers take(vectors p) {
   registers x;
   x.a = local[p.a];
   x.b = local[p.b];
@@ -26,7 +26,7 @@ static registers take(vectors p) {
   return x;
 }
 
-static void give_back(vectors p, registers x) {
+static inline void give_back(vectors p, registers x) {
   local[p.u] = x.u;
   local[p.v] = x.v;
   local[p.rows] = x.rows;
@@ -34,7 +34,7 @@ static void give_back(vectors p, registers x) {
 
 #define TILE(c, k) local[s.matrix + (c) * s.row_tiles + t.t##k]
 
-static float64 row_sums(shape s, float64 v) {
+static inline float64 row_sums(shape s, float64 v) {
   const places t = row_places(s, 0);
   const float64 v0 = SPREAD_COLUMN(v, 0, 0), v1 = SPREAD_COLUMN(v, 0, 1), v2 = SPREAD_COLUMN(v, 0, 2);
   const float64 v3 = SPREAD_COLUMN(v, 0, 3), v4 = SPREAD_COLUMN(v, 1, 0);
@@ -50,7 +50,7 @@ static float64 row_sums(shape s, float64 v) {
   return fold_rows_of(SUM, s0, s1, s2, s3);
 }
 
-static float64 column_sums(shape s, float64 u) {
+static inline float64 column_sums(shape s, float64 u) {
   const places t = row_places(s, 0);
   const four w = spread_rows(u);
   float64 s0 = v_f32_mul_b(TILE(0, 0), w.v0), s1 = v_f32_mul_b(TILE(1, 0), w.v0), s2 = v_f32_mul_b(TILE(2, 0), w.v0);
@@ -69,18 +69,18 @@ static float64 column_sums(shape s, float64 u) {
 }
 #undef TILE
 
-static registers rows_of_round(registers x, int freezing) {
+static inline registers rows_of_round(registers x, int freezing) {
   const float64 u = divided(x.a, x.rows);
   x.u = freezing ? where_positive(x.active, u, x.u) : u;
   return x;
 }
-static registers columns_of_round(registers x, float64 sums, int freezing) {
+static inline registers columns_of_round(registers x, float64 sums, int freezing) {
   const float64 v = divided(x.b, sums);
   x.v = freezing ? where_positive(x.active, v, x.v) : v;
   x.count = x.count + x.active;
   return x;
 }
-static registers freeze(shape s, registers x, float64 poison, float tol) {
+static inline registers freeze(shape s, registers x, float64 poison, float tol) {
   const float64 error = over_all_lanes(s.by, SUM, v_f32_abs_b(v_f32_mul_b(x.u, x.rows) - x.a)) + poison;
   x.active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
   return x;

@@ -22,7 +22,7 @@
 #endif
 
 // A round, rows then columns, where `active` is positive; K v is known before and after.
-static void one_round(shape s, vectors p, float64 active) {
+static inline void one_round(shape s, vectors p, float64 active) {
   for (int k = 0; k < s.row_blocks; k++)
     local[p.u + k] = where_positive(active, divided(local[p.a + k], local[p.rows + k]), local[p.u + k]);
   for (int k = 0; k < s.column_blocks; k++)
@@ -30,14 +30,14 @@ static void one_round(shape s, vectors p, float64 active) {
   update_sums(s, p);
 }
 
-static float64 row_error(shape s, vectors p) {
+static inline float64 row_error(shape s, vectors p) {
   float64 error = 0.0f;
   for (int k = 0; k < s.row_blocks; k++)
     error = error + v_f32_abs_b(v_f32_mul_b(local[p.u + k], local[p.rows + k]) - local[p.a + k]);
   return over_all_lanes(s.by, SUM, error);
 }
 
-static void store_plan(shape s, vectors p, range r, tensor plan, int item) {
+static inline void store_plan(shape s, vectors p, range r, tensor plan, int item) {
   for (int block = 0; block < s.row_blocks; block++) {
     const places t = row_places(s, block);
     const four u = spread_rows(local[p.u + block]);
@@ -53,12 +53,12 @@ static void store_plan(shape s, vectors p, range r, tensor plan, int item) {
 }
 
 // epsilon (log w + what is folded), -inf where there is no weight.
-static float64 potential(float64 weight, float64 scaling, float64 folded, range r, float64 epsilon) {
+static inline float64 potential(float64 weight, float64 scaling, float64 folded, range r, float64 epsilon) {
   const float64 value = v_f32_mac_b(folded + logarithm(scaling), epsilon, r.poison);
   return where_positive(weight, value, r.poison - INFINITE);
 }
 
-static void store_potentials(shape s, vectors p, range r, tensor f, tensor g, int item) {
+static inline void store_potentials(shape s, vectors p, range r, tensor f, tensor g, int item) {
   const float64 epsilon = quotient((float64)1.0f, r.size);
   for (int k = 0; k < s.row_blocks; k++)
     store_rows(f, k, item, potential(local[p.a + k], local[p.u + k], local[p.log_u + k], r, epsilon) - r.shift);
@@ -76,7 +76,7 @@ typedef struct {
 } slot;
 
 // The item before its first round; an ABSORBED one after it.
-static slot start(slot x, tensor values, tensor a, tensor b, tensor forms, int item, float scale) {
+static inline slot start(slot x, tensor values, tensor a, tensor b, tensor forms, int item, float scale) {
   x.item = item;
   load_weights(x.s, x.p, a, b, item);
   x.r = range_of(x.s, x.p, values, item, scale, 0, 1);
@@ -95,7 +95,7 @@ static slot start(slot x, tensor values, tensor a, tensor b, tensor forms, int i
   return x;
 }
 
-static void finish(slot x, tensor plan, tensor f, tensor g, tensor report) {
+static inline void finish(slot x, tensor plan, tensor f, tensor g, tensor report) {
   const float64 error = row_error(x.s, x.p) + x.r.poison, zero = 0.0f;
   store_plan(x.s, x.p, x.r, plan, x.item);
   store_potentials(x.s, x.p, x.r, f, g, x.item);

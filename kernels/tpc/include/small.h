@@ -24,35 +24,35 @@ typedef struct {
   float64 shift, poison, mass;
 } batch;
 
-static int5 place(int lane, int i1, int i2) {
+static inline int5 place(int lane, int i1, int i2) {
   int5 at = {lane, i1, i2, 0, 0};
   return at;
 }
 
 // sign * S of an entry, `otherwise` at padding.
-static float64 entry(batch s, tensor values, int i, int j, float64 otherwise) {
+static inline float64 entry(batch s, tensor values, int i, int j, float64 otherwise) {
   const float64 x = v_f32_mul_b(load_values(place(s.lane, j, i), values), s.sign);
   return where_positive(v_f32_min_b(a[i], b[j]), x, otherwise);
 }
 
 // Its log K, with what is folded in.
-static float64 log_entry(batch s, tensor values, int i, int j) {
+static inline float64 log_entry(batch s, tensor values, int i, int j) {
   const float64 x = entry(s, values, i, j, (float64)-INFINITE);
   return v_f32_mac_b(x - s.shift, s.size, log_u[i]) + log_v[j];
 }
 
-static void fill(batch s, tensor values, float64 renewed) {
+static inline void fill(batch s, tensor values, float64 renewed) {
   for (int i = 0; i < s.N; i++)
     for (int j = 0; j < s.M; j++)
       K[i * s.M + j] = where_positive(renewed, exponential(log_entry(s, values, i, j)), K[i * s.M + j]);
 }
 
-static float64 divided(float64 marginal, float64 sums) {
+static inline float64 divided(float64 marginal, float64 sums) {
   return where_positive(marginal, quotient(marginal, sums), (float64)0.0f);
 }
 
 // Four sums at a time, so that no addition waits for the one before. Those beyond the last are the last again.
-static void row_sums(batch s) {
+static inline void row_sums(batch s) {
   for (int i = 0; i < s.N; i += 4) {
     const int i1 = s_i32_min(i + 1, s.N - 1), i2 = s_i32_min(i + 2, s.N - 1), i3 = s_i32_min(i + 3, s.N - 1);
     float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
@@ -70,11 +70,11 @@ static void row_sums(batch s) {
   }
 }
 
-static void update_rows(batch s, float64 active) {
+static inline void update_rows(batch s, float64 active) {
   for (int i = 0; i < s.N; i++) u[i] = where_positive(active, divided(a[i], rows[i]), u[i]);
 }
 
-static void update_columns(batch s, float64 active) {
+static inline void update_columns(batch s, float64 active) {
   for (int j = 0; j < s.M; j += 4) {
     const int j1 = s_i32_min(j + 1, s.M - 1), j2 = s_i32_min(j + 2, s.M - 1), j3 = s_i32_min(j + 3, s.M - 1);
     float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
@@ -92,21 +92,21 @@ static void update_columns(batch s, float64 active) {
   }
 }
 
-static float64 row_error(batch s) {
+static inline float64 row_error(batch s) {
   float64 error = s.poison;
   for (int i = 0; i < s.N; i++) error = error + v_f32_abs_b(v_f32_mul_b(u[i], rows[i]) - a[i]);
   return error;
 }
 
 // Scalings into what is folded, where `folding` is positive.
-static void fold_rows(batch s, float64 folding) {
+static inline void fold_rows(batch s, float64 folding) {
   for (int i = 0; i < s.N; i++) {
     const float64 folded = v_f32_min_b(folding, a[i]);
     log_u[i] = where_positive(folded, log_u[i] + logarithm(u[i]), log_u[i]);
     u[i] = where_positive(folded, (float64)1.0f, u[i]);
   }
 }
-static void fold_columns(batch s, float64 folding) {
+static inline void fold_columns(batch s, float64 folding) {
   for (int j = 0; j < s.M; j++) {
     const float64 folded = v_f32_min_b(folding, b[j]);
     log_v[j] = where_positive(folded, log_v[j] + logarithm(v[j]), log_v[j]);
@@ -115,14 +115,14 @@ static void fold_columns(batch s, float64 folding) {
 }
 
 // What makes the largest entry of every row, of every column, one.
-static void lift_rows(batch s, tensor values, float64 lifting) {
+static inline void lift_rows(batch s, tensor values, float64 lifting) {
   for (int i = 0; i < s.N; i++) {
     float64 most = LEAST;
     for (int j = 0; j < s.M; j++) most = v_f32_max_b(most, log_entry(s, values, i, j));
     log_u[i] = where_positive(v_f32_min_b(lifting, a[i]), log_u[i] - most, log_u[i]);
   }
 }
-static void lift_columns(batch s, tensor values, float64 lifting) {
+static inline void lift_columns(batch s, tensor values, float64 lifting) {
   for (int j = 0; j < s.M; j++) {
     float64 most = LEAST;
     for (int i = 0; i < s.N; i++) most = v_f32_max_b(most, log_entry(s, values, i, j));
@@ -130,7 +130,7 @@ static void lift_columns(batch s, tensor values, float64 lifting) {
   }
 }
 
-static batch load_batch(tensor values, tensor weights_a, tensor weights_b, int lane, float scale) {
+static inline batch load_batch(tensor values, tensor weights_a, tensor weights_b, int lane, float scale) {
   batch s;
   s.N = get_dim_size(values, 2);
   s.M = get_dim_size(values, 1);
@@ -164,7 +164,7 @@ static batch load_batch(tensor values, tensor weights_a, tensor weights_b, int l
 typedef struct {
   float64 low, high;
 } ends;
-static ends widened(ends e, float64 weight) {
+static inline ends widened(ends e, float64 weight) {
   const float64 logarithms = logarithm(weight);
   e.low = where_positive(weight, v_f32_min_b(e.low, logarithms), e.low);
   e.high = where_positive(weight, v_f32_max_b(e.high, logarithms), e.high);
@@ -172,7 +172,7 @@ static ends widened(ends e, float64 weight) {
 }
 
 // One where an item's own range asks for the ABSORBED form, as in survey.h.
-static float64 is_absorbed(batch s, tensor values) {
+static inline float64 is_absorbed(batch s, tensor values) {
   const float64 zero = 0.0f, one = 1.0f;
   float64 lowest = -LEAST;
   for (int i = 0; i < s.N; i++)
@@ -190,7 +190,7 @@ static float64 is_absorbed(batch s, tensor values) {
   return v_f32_sel_geq_f32_b(s.poison, zero, absorbed, zero);
 }
 
-static void store_potential(batch s, tensor to, int i, float64 weight, float64 scaling, float64 folded, float64 shift) {
+static inline void store_potential(batch s, tensor to, int i, float64 weight, float64 scaling, float64 folded, float64 shift) {
   const float64 epsilon = quotient((float64)1.0f, s.size);
   const float64 value = v_f32_mac_b(folded + logarithm(scaling), epsilon, s.poison) - shift;
   v_f32_st_tnsr(place(s.lane, i, 0), to, where_positive(weight, value, s.poison - INFINITE));

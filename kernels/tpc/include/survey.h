@@ -19,7 +19,7 @@
 typedef struct {
   float64 low, high;
 } ends;
-static ends ends_of(shape s, int first, int blocks) {
+static inline ends ends_of(shape s, int first, int blocks) {
   float64 low = LEAST, high = LEAST;
   for (int k = 0; k < blocks; k++) {
     const float64 weight = local[first + k], logarithms = logarithm(weight);

@@ -11,7 +11,7 @@ typedef struct {
 } part;
 
 // dL -= K (x y' + z w'): tiles of the slice, x and z blocks of rows, y and w of columns.
-static void subtract_terms(shape s, part q, int x, int y, int z, int w) {
+static inline void subtract_terms(shape s, part q, int x, int y, int z, int w) {
   for (int block = 0; block < s.row_blocks; block++) {
     const int tiles = s.row_tiles - 4 * block;
     const four xs = spread_rows(local[x + block]), zs = spread_rows(local[z + block]);
@@ -29,13 +29,13 @@ static void subtract_terms(shape s, part q, int x, int y, int z, int w) {
   }
 }
 
-static void start_slice(shape s, vectors p, part q, tensor grad_plan, int item) {
+static inline void start_slice(shape s, vectors p, part q, tensor grad_plan, int item) {
   for (int block = 0; block < s.row_blocks; block++)
     for (int c = q.first; c < q.last; c++)
       keep_tiles(s, q.at, block, c - q.first, weighed_tiles(s, p, grad_plan, item, block, c));
 }
 
-static void store_slice(shape s, part q, range r, float scale, tensor grad_values, int item) {
+static inline void store_slice(shape s, part q, range r, float scale, tensor grad_values, int item) {
   for (int block = 0; block < s.row_blocks; block++) {
     const places t = row_places(s, block);
     for (int c = q.first; c < q.last; c++) {
