@@ -8,9 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
-from otfuse.backends import BACKENDS, _logged, select
+from otfuse.backends import BACKENDS, _logged, _tpc_emulator, _tpc_library, select
 from otfuse.backends import cpu as cpu_module
-from otfuse.backends import tpc as tpc_module
 from otfuse.backends import triton as triton_module
 from otfuse.problem import cost_problem, token_problem
 
@@ -34,8 +33,9 @@ def installed(monkeypatch):
     """Say which optional packages are there, whatever is installed where the tests run."""
 
     def declare(*packages):
-        for module in (cpu_module, triton_module, tpc_module):
+        for module in (cpu_module, triton_module, _tpc_library):
             monkeypatch.setattr(module, "is_installed", lambda package: package in packages)
+        monkeypatch.setattr(_tpc_emulator, "COMPILER", "g++" if "g++" in packages else None)
 
     return declare
 
@@ -170,6 +170,32 @@ def test_unknown_backend(name):
     with pytest.raises(ValueError) as caught:
         otfuse.sinkhorn(torch.zeros(1, 2, 2), 0.1, backend=name)
     assert str(caught.value) == f'backend must be "auto" or one of "tpc", "triton", "cpu", "torch"; got {name!r}'
+
+
+def test_tpc_on_the_cpu_takes_a_compiler_and_its_name(installed):
+    """It is an emulation, for tests: neither chosen by itself nor offered as a way out."""
+    installed("numba", "g++")
+    assert select(problem(), "tpc").name == "tpc" and select(tokens(), "tpc").name == "tpc"
+    assert select(problem(), "auto").name == "cpu"
+    assert NO_HABANA in otfuse.backends()["tpc"]
+    with pytest.raises(otfuse.BackendError, match='one that can: "cpu", "torch"'):
+        select(problem(shape=(1, 2000, 2000)), "tpc")
+    installed("numba")
+    assert backend_named("tpc").why_not(problem()) == ["no C++ compiler for the emulator (install g++)"]
+    assert select(problem(), "auto").name == "cpu"
+
+
+def test_tpc_takes_what_fits_in_local_memory(installed):
+    installed("g++")
+    tpc = backend_named("tpc")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert tpc.why_not(problem(dtype=dtype)) == []
+    for shape in ((1, 64, 256), (1, 128, 128), (1, 20, 20), (1, 17, 400), (1, 1, 1)):
+        assert tpc.why_not(problem(shape=shape)) == []
+    reasons = tpc.why_not(problem(shape=(1, 129, 129), dtype=torch.float64))
+    assert len(reasons) == 2
+    assert reasons[0] == "dtype float64 (has float32, bfloat16, float16)"
+    assert reasons[1].startswith('a kernel matrix of 129 x 129 does not fit in local memory with grad="unroll"')
 
 
 def test_auto_takes_the_first_that_can_and_logs_once(installed, log):

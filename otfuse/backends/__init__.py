@@ -70,7 +70,8 @@ def _log_once(backend: Backend, problem: Problem) -> None:
 
 
 def _refusal(backend: Backend, reasons: list[str], problem: Problem) -> str:
-    usable = [f'"{other.name}"' for other in BACKENDS if not other.why_not(problem)]
+    device = problem.values.device.type  # a backend that only emulates another is no way out
+    usable = [f'"{b.name}"' for b in BACKENDS if b.device in (None, device) and not b.why_not(problem)]
     return (
         f"backend '{backend.name}' cannot run this problem ({problem.describe()}): {'; '.join(reasons)}. "
         f'Pass backend="auto" or one that can: {", ".join(usable)}.'

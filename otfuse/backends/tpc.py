@@ -20,11 +20,9 @@ from otfuse import attention, ops, tpc_ops
 from otfuse.attention import Marginals
 from otfuse.backends import _tpc_emulator as emulator
 from otfuse.backends import _tpc_library as built
-from otfuse.backends.base import Backend, Solution, is_installed
+from otfuse.backends.base import Backend, Solution
 from otfuse.problem import Problem, SinkhornOutput, dtype_name
 from otfuse.registration import is_transformed
-
-__all__ = ["TpcBackend", "is_installed"]
 
 SMALL = 8  # the longest side of items that are solved a lane each
 
