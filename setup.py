@@ -16,7 +16,7 @@ KERNELS = {
     "otfuse.kernels.tpc": "kernels/tpc",
     "otfuse.kernels.tpc.model": "kernels/tpc/model",
 }
-TPC_SOURCES = [f"{folder}/*.{ending}" for folder in ("*", "*/*") for ending in ("c", "h", "cpp", "hpp")]
+TPC_SOURCES = ["*.md", *(f"*/*.{ending}" for ending in ("c", "h", "cpp", "hpp"))]
 BUILD_TPC = os.environ.get("OTFUSE_BUILD_TPC", "") or "0"
 if BUILD_TPC not in ("0", "1"):
     raise SystemExit(f"OTFUSE_BUILD_TPC must be 1 (build the Gaudi libraries) or 0; got {BUILD_TPC!r}")

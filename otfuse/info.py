@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
 
 import torch
 
 import otfuse
+from otfuse.backends import _tpc_emulator
 
 PACKAGES = ("torch", "triton", "numba", "habana-torch-plugin", "POT", "av", "matplotlib", "numpy")
 
@@ -25,6 +27,8 @@ def gather() -> dict[str, Any]:
         "devices": _devices(),
         "threads": torch.get_num_threads(),
         "backends": {name: {"usable": not reasons, "reasons": reasons} for name, reasons in otfuse.backends().items()},
+        "tpc_emulator": _tpc_emulator.COMPILER,
+        "GC_KERNEL_PATH": os.environ.get("GC_KERNEL_PATH"),
     }
 
 
@@ -39,6 +43,9 @@ def _devices() -> list[str]:
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    hpu: Any = getattr(torch, "hpu", None)  # once habana_frameworks has been imported
+    if hpu is not None and hpu.is_available():
+        devices += [f"hpu:{i} {hpu.get_device_name(i)}" for i in range(hpu.device_count())]
     return devices
 
 
@@ -57,4 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     print('backends, in the order in which "auto" asks them:')
     for name, state in facts["backends"].items():
         print(f"  {name:<7} {'usable' if state['usable'] else 'not usable: ' + '; '.join(state['reasons'])}")
+    compiler = facts["tpc_emulator"]
+    emulated = f"usable, with {compiler}" if compiler else f"not usable: {_tpc_emulator.HOW_TO_GET_ONE}"
+    print(f'tpc on CPU tensors (emulated, by backend="tpc" alone): {emulated}')
+    print(f"GC_KERNEL_PATH: {facts['GC_KERNEL_PATH'] or 'not set'}")
     return 0

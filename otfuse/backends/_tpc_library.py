@@ -30,8 +30,8 @@ def folder() -> Path:
 
 def unavailable() -> list[str]:
     """Why the kernels cannot run on a Gaudi from here; empty if they can."""
-    libraries = (GLUE_LIBRARY, OP_LIBRARY)
-    reasons = [f"{name} is not built ({BUILD})" for name in libraries if not (folder() / name).exists()]
+    missing = [name for name in (GLUE_LIBRARY, OP_LIBRARY) if not (folder() / name).exists()]
+    reasons = [f"not built: {', '.join(missing)} ({BUILD})"] if missing else []
     if not is_installed("habana_frameworks"):
         reasons.append("habana_frameworks is not installed (it comes with Intel's Gaudi containers)")
     elif (hpu := getattr(torch, "hpu", None)) is None:

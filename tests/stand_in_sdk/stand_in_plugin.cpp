@@ -45,12 +45,12 @@ struct HPUHooks : at::HPUHooksInterface {
 // Everything is done when it is asked for: there is nothing to wait for.
 struct StandInGuard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::HPU> {
     static c10::Device device() { return {c10::DeviceType::HPU, 0}; }
-    static c10::Stream stream() { return {c10::Stream::DEFAULT, device()}; }
+    static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device()); }
     c10::Device exchangeDevice(c10::Device) const override { return device(); }
     c10::Device getDevice() const override { return device(); }
-    c10::Stream getStream(c10::Device) const override { return stream(); }
+    c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
     c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
-    c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+    c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
     void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
     void block(void*, const c10::Stream&) const override {}
     bool queryEvent(void*) const override { return true; }
