@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with the packages of pyproject.toml. No system packages beyond
-# Python 3.10 or newer (with venv), make, and git.
+# Python 3.10 or newer (with venv), make, and git; and a C++ compiler for the tests of the kernels for Gaudi.
 
 PYTHON ?= python3
 # What to install torch from, ahead of everything else; "make TORCH=torch" takes the newest.
@@ -7,13 +7,20 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: demo test check bench docs wheel clean
+.PHONY: demo test compiler check bench docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
-test: .venv/dev
+test: .venv/dev compiler
 	$(BIN)/python -m pytest -n 2 tests benchmarks
+
+# Installed where that can be done without a question; otherwise the tests that need it skip and say so.
+compiler:
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || command -v c++ >/dev/null || \
+	(apt-get update -qq && apt-get install -qq -y g++) >/dev/null 2>&1 || \
+	(sudo -n apt-get update -qq && sudo -n apt-get install -qq -y g++) >/dev/null 2>&1 || \
+	echo "no C++ compiler, and apt could not install g++: the TPC emulator's tests will skip"
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import otfuse
+from otfuse.backends import _tpc_emulator
 
 ROOT = Path(__file__).parents[1]
 TOOLS = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "demo-out")
@@ -137,6 +138,17 @@ print(json.dumps([otfuse.__file__, otfuse.__version__, plan.sum(2).tolist(), ker
 """
 
 
+# The kernels for Gaudi, from the sources that the wheel brings and nothing of the repository.
+EMULATE = """
+import torch, otfuse
+from otfuse.backends._tpc_emulator import sources
+cost = torch.rand(2, 9, 5)
+plans = [otfuse.sinkhorn(cost, 0.3, backend=backend).plan for backend in ("tpc", "torch")]
+torch.testing.assert_close(*plans, rtol=0, atol=1e-6)
+print(sources())
+"""
+
+
 def check_use(python, folder):
     """Solve a problem and list the kernels; where otfuse was imported from."""
     at, version, rows, kernels = json.loads(run(python, "-c", USE, cwd=folder))
@@ -152,6 +164,9 @@ def test_the_wheel_at_work_in_another_folder(wheel, tmp_path):
     python = install(wheel, tmp_path / "environment")
     assert (tmp_path / "environment") in check_use(python, tmp_path).parents
     assert run(python, "-m", "otfuse", "info", cwd=tmp_path).startswith(f"otfuse {VERSION}, Python ")
+    if _tpc_emulator.COMPILER:
+        used = Path(run(python, "-c", EMULATE, cwd=tmp_path).strip())
+        assert (tmp_path / "environment") in used.parents
 
 
 def test_an_editable_install_at_work_in_another_folder(source, tmp_path):
