@@ -141,6 +141,12 @@ COMPILE_TIME = {
     "double": (kernel_of("double s = 2.0; x = (float)s;"), "language"),
     "a number that is double": (kernel_of("x = x * 2.0;"), "compiles"),
     "scalars promoted to double": (kernel_of("float s = 1.0f; x = (float)(s * 0.1);"), "compiles"),
+    "a reference": (kernel_of("f(x);", before="static void f(float64& y) { y = y + y; }"), "language"),
+    "a reference to a struct": (
+        kernel_of("", before="typedef struct { int n; } shape; static void f(shape &s) { s.n = 1; }"),
+        "language",
+    ),
+    "a lambda": (kernel_of("auto f = [](float64 y) { return y; }; x = f(x);"), "language"),
     "long": (kernel_of("long n = 3; x = (float)n;"), "language"),
     "recursion": (kernel_of("x = (float)f(3);", before=CALLS_ITSELF), "no recursion"),
     "recursion by way of another": (kernel_of("x = (float)f(3);", before=CALL_EACH_OTHER), "no recursion"),

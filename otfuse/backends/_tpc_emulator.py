@@ -37,6 +37,11 @@ FLAGS = [
 ]  # fmt: skip
 MAX_RANK = 5
 MAX_VLM, MAX_VLM_WITH_LOOKUP = 81920, 16384
+NOT_TPC_C = (
+    r"emu|EMU_\w*|std|double|long|asm|goto|union|auto|template|typename|class|namespace|using|operator|constexpr|nullptr|"
+    r"new|delete|this|throw|try|catch|private|public|virtual|decltype|\w+_cast"
+)
+TYPES = r"float|int|unsigned|bool|char|u?int\d+_t|u?int64|float64|bool64|\w*float128|u?char256|int5|tensor"
 SLOTS = ("load", "scalar", "vector", "store")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
 
@@ -180,7 +185,8 @@ class Kernel:
         numbers = (ctypes.c_int64 * 6)()
         next_counter, operation = self._library.otfuse_tpc_counts, self._library.otfuse_tpc_operation
         next_counter.restype = operation.restype = ctypes.c_void_p
-        handle, operations = next_counter(numbers), {}
+        handle = next_counter(numbers)
+        operations: dict[str, int] = {}
         name, slot, number = ctypes.c_char_p(), ctypes.c_int32(), ctypes.c_int64()
         while handle:
             handle = operation(ctypes.c_void_p(handle), ctypes.byref(name), ctypes.byref(slot), ctypes.byref(number))
@@ -390,9 +396,12 @@ def _parameters(name: str, text: str) -> list[str]:
 
 
 def _check_language(name: str, text: str) -> None:
-    """What C++ takes and TPC-C does not."""
-    if bad := re.search(r"\b(emu|EMU_\w*|std|double|long|auto|template|class|asm|goto|union)\b", text):
+    """What C++ takes and TPC-C does not, beyond what the emulator's types refuse."""
+    if bad := re.search(rf"\b({NOT_TPC_C})\b", text):
         raise EmulatorError(name, "language", f"'{bad.group()}' is not in the subset")
+    types = "|".join([TYPES, *re.findall(r"\}\s*(\w+)\s*;", text)])
+    if bad := re.search(rf"\b(?:{types})\s*&\s*\w+", text):
+        raise EmulatorError(name, "language", f"'{bad.group()}' is a reference")
     if bad := re.search(r"\(\s*(?:const\s+)?(?:float|u?int\d*_t|int|unsigned|char|short|bool)\s*\*+\s*\)", text):
         raise EmulatorError(
             name, "no lane to scalar", f"the cast {bad.group()} makes a scalar pointer; global memory has __global"

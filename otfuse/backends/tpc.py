@@ -85,8 +85,8 @@ class TpcBackend(Backend):
         unforeseen = differentiable and (is_compiling() or is_transformed())
         if not (wanted or unforeseen) and max(values.shape[1:]) <= SMALL:
             return _solve_small(values, a, b, scale, tol, problem)
-        inputs = (values.mT.contiguous(), a.contiguous(), b.contiguous())
-        inputs = (*inputs, _form(inputs, scale, problem))
+        contiguous = (values.mT.contiguous(), a.contiguous(), b.contiguous())
+        inputs = (*contiguous, _form(*contiguous, scale, problem))
         options = (scale, problem.num_iters, tol)
         implicit = problem.grad == "implicit"
         if wanted or (unforeseen and implicit):  # "sinkhorn" passes for the other: its gradient is that of unroll
@@ -108,9 +108,8 @@ def _solve_small(values: Tensor, a: Tensor, b: Tensor, scale: float, tol: float,
     return Solution(plan.permute(2, 0, 1), f.mT, g.mT, report[0], _counted(report[1], problem))
 
 
-def _form(inputs: tuple[Tensor, ...], scale: float, problem: Problem) -> Tensor:
+def _form(values: Tensor, a: Tensor, b: Tensor, scale: float, problem: Problem) -> Tensor:
     """How each item is to be solved: zero for scalings alone, as its own range of values allows."""
-    values, a, b = inputs
     if _is_safe(problem):
         return a.new_zeros(a.shape[0], 1)
     return torch.ops.otfuse_tpc.survey(values.detach(), a.detach(), b.detach(), scale)
