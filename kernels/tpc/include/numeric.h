@@ -9,15 +9,17 @@ static inline float64 where_positive(float64 condition, float64 yes, float64 no)
   return v_f32_sel_grt_f32_b(condition, (float64)0.0f, yes, no);
 }
 
-// y / x for normal positive x: a seed by integer arithmetic, two Newton steps for the reciprocal, and one for the
-// quotient. Fused, it is all but correctly rounded: an error of one sign would add up over the rounds.
+// y / x for normal positive x: a seed for 1 / x by integer arithmetic, off by 5 %; one step of third order for it and
+// for the quotient side by side; and a step of Newton for the quotient. Fused, it is all but correctly rounded: an
+// error of one sign would add up over the rounds.
 static inline float64 quotient(float64 y, float64 x) {
   const float64 one = 1.0f;
-  float64 z = from_bits(0x7EF311C7 - bits_of(x));
-  z = v_f32_mac_b(z, v_f32_mac_b(x, z, one, SW_NEG), z);
-  z = v_f32_mac_b(z, v_f32_mac_b(x, z, one, SW_NEG), z);
-  const float64 q = v_f32_mul_b(y, z);
-  return v_f32_mac_b(z, v_f32_mac_b(x, q, y, SW_NEG), q);
+  const float64 seed = from_bits(0x7EF311C7 - bits_of(x));
+  const float64 error = v_f32_mac_b(x, seed, one, SW_NEG);
+  const float64 first = v_f32_mul_b(y, seed);
+  const float64 step = v_f32_mac_b(error, error, error);
+  const float64 inverse = v_f32_mac_b(seed, step, seed), second = v_f32_mac_b(first, step, first);
+  return v_f32_mac_b(inverse, v_f32_mac_b(x, second, y, SW_NEG), second);
 }
 
 // exp(x) for x <= 88, 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.

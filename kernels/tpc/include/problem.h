@@ -87,10 +87,13 @@ static inline four log_tiles(shape s, vectors p, range r, tensor values, int ite
   return x;
 }
 
-// The kernel matrix of the SCALING form, from the values in its place.
+// The kernel matrix of the SCALING form, from the values in its place. Padding gets ones: its sums then are such as can
+// be divided by, and its scalings come out as zero.
 static inline void fill_scaled(shape s, range r) {
-  for (int tile = s.matrix; tile < s.matrix + s.row_tiles * s.column_tiles; tile++)
-    local[tile] = exponential(v_f32_mul_b(local[tile] - r.shift, r.size));
+  for (int tile = s.matrix; tile < s.matrix + s.row_tiles * s.column_tiles; tile++) {
+    const float64 x = v_f32_sel_leq_f32_b(local[tile], (float64)LEAST, r.shift, local[tile]);
+    local[tile] = exponential(v_f32_mul_b(x - r.shift, r.size));
+  }
 }
 
 // K := its exponential where `renewed` is positive.

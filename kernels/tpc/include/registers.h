@@ -31,6 +31,12 @@ static inline void give_back(vectors p, registers x) {
   local[p.v] = x.v;
   local[p.rows] = x.rows;
 }
+// What an item without mass has divided by zero is no result.
+static inline void give_result(vectors p, registers x, float64 mass) {
+  local[p.u] = where_positive(mass, x.u, (float64)0.0f);
+  local[p.v] = where_positive(mass, x.v, (float64)0.0f);
+  local[p.rows] = where_positive(mass, x.rows, (float64)0.0f);
+}
 
 #define TILE(c, k) local[s.matrix + (c) * s.row_tiles + t.t##k]
 
@@ -70,12 +76,12 @@ static inline float64 column_sums(shape s, float64 u) {
 #undef TILE
 
 static inline registers rows_of_round(registers x, int freezing) {
-  const float64 u = divided(x.a, x.rows);
+  const float64 u = quotient(x.a, x.rows);  // zero at padding, whose sums are not
   x.u = freezing ? where_positive(x.active, u, x.u) : u;
   return x;
 }
 static inline registers columns_of_round(registers x, float64 sums, int freezing) {
-  const float64 v = divided(x.b, sums);
+  const float64 v = quotient(x.b, sums);
   x.v = freezing ? where_positive(x.active, v, x.v) : v;
   x.count = x.count + x.active;
   return x;

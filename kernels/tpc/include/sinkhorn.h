@@ -104,7 +104,6 @@ static inline void finish(slot x, tensor plan, tensor f, tensor g, tensor report
   v_f32_st_tnsr(place(0, x.item, 0), report, v_f32_sel_grt_u32_b((uint64)1, V_LANE_ID_32, error, rounds));
 }
 
-// All rounds of items that fit registers, of one (x) or of two.
 #ifdef HISTORY
 #define KEEP(x, state) \
   give_back((x).p, state); \
@@ -112,25 +111,38 @@ static inline void finish(slot x, tensor plan, tensor f, tensor g, tensor report
 #else
 #define KEEP(x, state)
 #endif
-#define ROUNDS(freezing, second)                                            \
-  for (int t = 0; t < num_iters; t++) {                                     \
-    state = rows_of_round(state, freezing);                                 \
-    second(other = rows_of_round(other, freezing);)                         \
-    const float64 sums = column_sums(x.s, state.u);                         \
-    second(const float64 other_sums = column_sums(y.s, other.u);)           \
-    state = columns_of_round(state, sums, freezing);                        \
-    second(other = columns_of_round(other, other_sums, freezing);)          \
-    KEEP(x, state)                                                          \
-    second(KEEP(y, other))                                                  \
-    state.rows = row_sums(x.s, state.v);                                    \
-    second(other.rows = row_sums(y.s, other.v);)                            \
-    if (freezing) {                                                         \
-      state = freeze(x.s, state, x.r.poison, tol);                          \
-      second(other = freeze(y.s, other, y.r.poison, tol);)                  \
-    }                                                                       \
+
+// All rounds of an item that fits registers.
+#define ROUNDS(freezing)                                          \
+  for (int t = 0; t < num_iters; t++) {                           \
+    state = rows_of_round(state, freezing);                       \
+    state = columns_of_round(state, column_sums(x.s, state.u), freezing); \
+    KEEP(x, state)                                                \
+    state.rows = row_sums(x.s, state.v);                          \
+    if (freezing) state = freeze(x.s, state, x.r.poison, tol);    \
   }
-#define BOTH(statement) statement
-#define ALONE(statement)
+
+// Of two. The second is half a step behind: a division is a chain of few operations, sums are many that do not wait,
+// and so one item divides while the other adds up. Its u is ready before a round begins.
+#define ROUNDS_OF_TWO(freezing)                                   \
+  float64 next_u = rows_of_round(other, freezing).u;              \
+  for (int t = 0; t < num_iters; t++) {                           \
+    other.u = next_u;                                             \
+    const float64 other_columns = column_sums(y.s, other.u);      \
+    state = rows_of_round(state, freezing);                       \
+    const float64 columns = column_sums(x.s, state.u);            \
+    other = columns_of_round(other, other_columns, freezing);     \
+    KEEP(y, other)                                                \
+    other.rows = row_sums(y.s, other.v);                          \
+    state = columns_of_round(state, columns, freezing);           \
+    KEEP(x, state)                                                \
+    state.rows = row_sums(x.s, state.v);                          \
+    if (freezing) {                                               \
+      other = freeze(y.s, other, y.r.poison, tol);                \
+      state = freeze(x.s, state, x.r.poison, tol);                \
+    }                                                             \
+    next_u = rows_of_round(other, freezing).u;                    \
+  }
 
 void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
   const int5 first = get_index_space_offset();
@@ -153,20 +165,20 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
       if (pair) {
         registers other = take(y.p);
         if (tol > 0.0f) {
-          ROUNDS(1, BOTH)
+          ROUNDS_OF_TWO(1)
         } else {
-          ROUNDS(0, BOTH)
+          ROUNDS_OF_TWO(0)
         }
-        give_back(y.p, other);
+        give_result(y.p, other, y.r.mass);
         y.rounds = other.count;
         finish(y, plan, f, g, report);
         item++;
       } else if (tol > 0.0f) {
-        ROUNDS(1, ALONE)
+        ROUNDS(1)
       } else {
-        ROUNDS(0, ALONE)
+        ROUNDS(0)
       }
-      give_back(x.p, state);
+      give_result(x.p, state, x.r.mass);
       x.rounds = state.count;
     } else {
       float64 active = 1.0f;
