@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [
         ROOT / name
-        for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md")
+        for name in (
+            "README.md",
+            "CHANGELOG.md",
+            "CONTRIBUTING.md",
+            "kernels/README.md",
+            "kernels/tpc/README.md",
+            "benchmarks/README.md",
+        )
     ]
     + list((ROOT / "docs").glob("*.md"))
 )
