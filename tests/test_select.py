@@ -205,8 +205,9 @@ def test_auto_takes_the_first_that_can_and_logs_once(installed, log):
     assert len(log.records) == 1
     text = log.records[0].getMessage()
     assert text.startswith("using backend 'cpu' (passed over: tpc: ")
-    for name in ("tpc", "triton"):
-        assert f"{name}: {'; '.join(backend_named(name).why_not(problem()))}" in text
+    for name, needs in (("tpc", "HPU"), ("triton", "CUDA")):
+        reasons = [*backend_named(name).unavailable(), f"the tensors are on 'cpu' (needs {needs})"]
+        assert f"{name}: {'; '.join(reasons)}" in text
     assert "torch:" not in text
     assert log.records[0].levelno == logging.INFO
 

@@ -234,6 +234,8 @@ def test_members_run_in_random_boxes_and_order(members):
         kernel.run(tensors, [0], [2, 5], outputs=2, seed=seed)
         assert torch.equal(tensors[1], tensors[0]), "whatever the boxes"
         sizes.add(tuple(tensors[2].flatten().tolist()))
+        if seed == 0:
+            assert sizes == {(10.0,) * 10}, "all members in one box"
     assert len(sizes) > 5 and {1.0, 10.0} <= {size for run in sizes for size in run}
 
 
@@ -260,6 +262,10 @@ def test_counts_and_chains(members):
         assert count.slots == {"load": 2, "scalar": 0, "vector": 1 + 2 * times, "store": 4}
         assert count.chain == max(1 + 4 + 4 + 1, 4 + 12 * times + 4 + 1)  # by the sum's first store, or by x
         assert count.ordered >= count.chain
+    wide = [torch.rand(5, 100), torch.zeros(5, 100), torch.zeros(5, 2)]
+    apart, together = (kernel.count(wide, [1], [2, 5], outputs=2, together=how) for how in (False, True))
+    assert apart.operations["local store"] == 10 + 10 and together.operations["local store"] == 1 + 10
+    assert apart.operations["v_f32_mac"] == together.operations["v_f32_mac"] == 10
     with pytest.raises(AssertionError, match="count=True"):
         emulator.kernel(members).count(tensors, [1], [1, 1], outputs=2)
 

@@ -65,8 +65,16 @@ def _log_once(backend: Backend, problem: Problem) -> None:
     key = (backend.name, problem.values.device.type, problem.values.dtype)
     if key not in _logged:
         _logged.add(key)
-        passed_over = [f"{b.name}: {'; '.join(b.why_not(problem))}" for b in BACKENDS[: BACKENDS.index(backend)]]
+        earlier = BACKENDS[: BACKENDS.index(backend)]
+        passed_over = [f"{b.name}: {'; '.join(_why_passed_over(b, problem))}" for b in earlier]
         _logger.info("using backend '%s' (passed over: %s)", backend.name, " | ".join(passed_over) or "none")
+
+
+def _why_passed_over(backend: Backend, problem: Problem) -> list[str]:
+    """Off its device a backend is not asked, though some run there, by name, in an emulation."""
+    if backend.device in (None, problem.values.device.type):
+        return backend.why_not(problem)
+    return backend.unavailable() + Backend.unsupported(backend, problem)
 
 
 def _refusal(backend: Backend, reasons: list[str], problem: Problem) -> str:

@@ -144,7 +144,7 @@ class Kernel:
             scalars: the parameters after them.
             index_space: members per dimension, at most five.
             outputs: how many tensors, at the end, the kernel may store to.
-            seed: of boxes and order; a random one if None, named when a rule is broken.
+            seed: of boxes and order; a random one if None, named when a rule is broken. 0: all members in one box.
 
         Raises:
             EmulatorError: the kernel broke a rule.
@@ -174,12 +174,20 @@ class Kernel:
         return found
 
     def count(
-        self, tensors: Sequence[Tensor], scalars: Sequence[float], index_space: Sequence[int], outputs: int
+        self,
+        tensors: Sequence[Tensor],
+        scalars: Sequence[float],
+        index_space: Sequence[int],
+        outputs: int,
+        together: bool = False,
     ) -> Counts:
-        """Run member by member, and say what was issued. Needs a kernel made with ``count=True``."""
+        """Run member by member, or all members ``together`` in one box, and say what was issued.
+
+        Needs a kernel made with ``count=True``.
+        """
         assert self.counts_operations, "make the kernel with count=True"
-        space = _padded(index_space)
-        boxes = torch.empty(len(_product(space)), len(tensors), 2, 2, MAX_RANK, dtype=torch.int32)
+        members = len(_product(_padded(index_space)))
+        boxes = None if together else torch.empty(members, len(tensors), 2, 2, MAX_RANK, dtype=torch.int32)
         self._library.otfuse_tpc_reset_counts()
         self._launch(tensors, scalars, index_space, outputs, 0, boxes)
         numbers = (ctypes.c_int64 * 6)()

@@ -115,7 +115,7 @@ inline void run_random_boxes(const int32_t* space, const uint32_t* scalars, uint
     Cuts cuts[5];
     int total = 1;
     for (int d = 0; d < 5; d++) {
-        cuts[d] = cut(space[d], random);
+        cuts[d] = seed ? cut(space[d], random) : Cuts{1, {0, space[d]}};  // seed 0: all of it in one box
         total *= cuts[d].pieces;
     }
     static int order[8 * 8 * 8 * 8 * 8];
