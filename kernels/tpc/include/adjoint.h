@@ -24,9 +24,9 @@ static inline adjoints lay_out_adjoints(shape* s) {
 }
 
 // The plan's tiles of a block of rows in column tile c; K, u and v are those of the last round.
-static inline four plan_tiles(shape s, vectors p, int block, int c) {
+static inline four plan_tiles(shape s, vectors p, lifts l, int block, int c) {
   const places t = row_places(s, block);
-  const four u = spread_rows(local[p.u + block]);
+  const four u = spread_rows(v_f32_mul_b(local[p.u + block], l.back));
   const float64 v = spread_column(local[p.v + (c >> 4)], c);
   four x;
 #define TILE(k) x.v##k = v_f32_mul_b(v_f32_mul_b(local[s.matrix + c * s.row_tiles + t.t##k], u.v##k), v);
@@ -36,8 +36,8 @@ static inline four plan_tiles(shape s, vectors p, int block, int c) {
 }
 
 // grad_plan times plan, tile by tile: zero where the plan is, whatever the gradient says there.
-static inline four weighed_tiles(shape s, vectors p, tensor grad_plan, int item, int block, int c) {
-  const four plan = plan_tiles(s, p, block, c);
+static inline four weighed_tiles(shape s, vectors p, lifts l, tensor grad_plan, int item, int block, int c) {
+  const four plan = plan_tiles(s, p, l, block, c);
   const float64 one = 1.0f;
   four x = load_tiles(s, grad_plan, item, block, c, one, one, one, one);
 #define TILE(k) x.v##k = where_positive(plan.v##k, v_f32_mul_b(x.v##k, plan.v##k), (float64)0.0f);
@@ -46,11 +46,11 @@ static inline four weighed_tiles(shape s, vectors p, tensor grad_plan, int item,
   return x;
 }
 
-static inline float64 sum_of_tiles(shape s, vectors p, tensor grad_plan, int item, int c) {
+static inline float64 sum_of_tiles(shape s, vectors p, lifts l, tensor grad_plan, int item, int c) {
   float64 sum = 0.0f;
   if (c < s.column_tiles) {
     for (int block = 0; block < s.row_blocks; block++) {
-      const four x = weighed_tiles(s, p, grad_plan, item, block, c);
+      const four x = weighed_tiles(s, p, l, grad_plan, item, block, c);
       sum = sum + ((x.v0 + x.v1) + (x.v2 + x.v3));
     }
   }
@@ -58,12 +58,13 @@ static inline float64 sum_of_tiles(shape s, vectors p, tensor grad_plan, int ite
 }
 
 // du = (G P) 1 + epsilon df and dv = (G P)' 1 + epsilon dg, where there is any weight.
-static inline void weigh(shape s, vectors p, adjoints d, range r, tensor grad_plan, tensor grad_f, tensor grad_g, int item) {
+static inline void weigh(shape s, vectors p, adjoints d, lifts l, range r, tensor grad_plan, tensor grad_f,
+                         tensor grad_g, int item) {
   const float64 epsilon = quotient((float64)1.0f, r.size);
   for (int block = 0; block < s.row_blocks; block++) {
     float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
     for (int c = 0; c < s.column_tiles; c++) {
-      const four x = weighed_tiles(s, p, grad_plan, item, block, c);
+      const four x = weighed_tiles(s, p, l, grad_plan, item, block, c);
       s0 = s0 + x.v0;
       s1 = s1 + x.v1;
       s2 = s2 + x.v2;
@@ -75,7 +76,7 @@ static inline void weigh(shape s, vectors p, adjoints d, range r, tensor grad_pl
   for (int block = 0; block < s.column_blocks; block++) {
     float64 z[4];
     const int tiles = tiles_in_block(s, block);
-#define TILES(i) sum_of_tiles(s, p, grad_plan, item, 16 * block + i)
+#define TILES(i) sum_of_tiles(s, p, l, grad_plan, item, 16 * block + i)
 #define QUAD(quad)                                                                                                \
   z[quad] = 0.0f;                                                                                                 \
   if (4 * quad < tiles)                                                                                           \

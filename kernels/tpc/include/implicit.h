@@ -20,9 +20,9 @@ static inline float64 dot(shape s, int x, int y) {
 }
 
 // K := the plan.
-static inline void fill_plan(shape s, vectors p) {
+static inline void fill_plan(shape s, vectors p, lifts l) {
   for (int block = 0; block < s.row_blocks; block++)
-    for (int c = 0; c < s.column_tiles; c++) keep_tiles(s, s.matrix, block, c, plan_tiles(s, p, block, c));
+    for (int c = 0; c < s.column_tiles; c++) keep_tiles(s, s.matrix, block, c, plan_tiles(s, p, l, block, c));
 }
 
 // The solution of (diag(c) (1 + ridge) - P' diag(1/r) P + c c') x = residual, from x = 0.
@@ -79,15 +79,17 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);
     const range r = range_of(s, p, values, item, scale, 0, 1);
+    const int form = (int)scalar_of(forms, 0, item);
+    const lifts l = lifts_of(form);
     restore_scalings(s, p, history, item, slot);
-    if (scalar_of(forms, 0, item) > 0.0f) {
+    if (form > 0) {
       restore_folds(s, p, history, item, slot);
       fill(s, p, r, values, item, always);
     } else {
       fill_scaled(s, r);
     }
-    weigh(s, p, d, r, grad_plan, grad_f, grad_g, item);
-    fill_plan(s, p);
+    weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
+    fill_plan(s, p, l);
     // Row and column sums; then the right side dv - P' (du / r).
     start_rows(s, p);
     start_columns(s, p);

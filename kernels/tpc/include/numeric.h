@@ -22,8 +22,8 @@ static inline float64 quotient(float64 y, float64 x) {
   return v_f32_mac_b(inverse, v_f32_mac_b(x, second, y, SW_NEG), second);
 }
 
-// exp(x) for x <= 88, 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.
-static inline float64 exponential(float64 x) {
+// exp(x) 2^lift for x <= 87 - lift log(2), 1.3 ulp; zero below the smallest normal number. Cephes' polynomial.
+static inline float64 exponential(float64 x, int lift) {
   const float64 n = v_f32_nearbyint_b(v_f32_mul_b(x, (float64)1.44269504f));
   float64 r = v_f32_mac_b(n, (float64)0.693359375f, x, SW_NEG);
   r = v_f32_mac_b(n, (float64)2.12194440e-4f, r);
@@ -33,10 +33,10 @@ static inline float64 exponential(float64 x) {
   p = v_f32_mac_b(p, r, (float64)1.6666665459e-1f);
   p = v_f32_mac_b(p, r, (float64)5.0000001201e-1f);
   p = v_f32_add_b(v_f32_mac_b(p, v_f32_mul_b(r, r), r), (float64)1.0f);
-  const int64 exponent = v_i32_shl_b(v_convert_f32_to_i32_b(n), (int64)23);
-  return v_f32_sel_less_f32_b(x, (float64)-87.0f, (float64)0.0f, from_bits(bits_of(p) + exponent));
+  const int64 exponent = v_i32_shl_b(v_convert_f32_to_i32_b(n + (float)lift), (int64)23);
+  const float64 least = -87.0f - 0.6931f * (float)lift;
+  return v_f32_sel_less_f32_b(x, least, (float64)0.0f, from_bits(bits_of(p) + exponent));
 }
-
 // log(x) for normal positive x. Cephes' polynomial on [sqrt(1/2), sqrt(2)].
 static inline float64 logarithm(float64 x) {
   const int64 bits = bits_of(x) + (0x3F800000 - 0x3F3504F3);
@@ -55,4 +55,20 @@ static inline float64 logarithm(float64 x) {
   p = v_f32_mac_b(e, (float64)-2.12194440e-4f, p);
   p = v_f32_mac_b(square, (float64)-0.5f, p);
   return v_f32_mac_b(e, (float64)0.693359375f, z + p);
+}
+
+// A smallest "finite" number: no value is less.
+#define LEAST -3.0e38f
+
+// Between two folds sums may fall as low as the product of the smallest weights, 1e-40 say, which is flushed. So where
+// K may be folded, local memory holds 2^LIFT K; `lifts` are the factors for what sums are compared with, and back.
+#define LIFT 24
+typedef struct {
+  float64 up, back;
+} lifts;
+static inline lifts lifts_of(int folds) {
+  lifts l;
+  l.up = folds > 0 ? 16777216.0f : 1.0f;
+  l.back = folds > 0 ? 1.0f / 16777216.0f : 1.0f;
+  return l;
 }

@@ -92,17 +92,17 @@ static inline four log_tiles(shape s, vectors p, range r, tensor values, int ite
 static inline void fill_scaled(shape s, range r) {
   for (int tile = s.matrix; tile < s.matrix + s.row_tiles * s.column_tiles; tile++) {
     const float64 x = v_f32_sel_leq_f32_b(local[tile], (float64)LEAST, r.shift, local[tile]);
-    local[tile] = exponential(v_f32_mul_b(x - r.shift, r.size));
+    local[tile] = exponential(v_f32_mul_b(x - r.shift, r.size), 0);
   }
 }
 
-// K := its exponential where `renewed` is positive.
+// 2^LIFT K := its exponential where `renewed` is positive.
 static inline void fill(shape s, vectors p, range r, tensor values, int item, float64 renewed) {
   for (int block = 0; block < s.row_blocks; block++) {
     for (int c = 0; c < s.column_tiles; c++) {
       const four x = log_tiles(s, p, r, values, item, block, c);
       const int tile = s.matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
-#define TILE(k) local[tile + k] = where_positive(renewed, exponential(x.v##k), local[tile + k]);
+#define TILE(k) local[tile + k] = where_positive(renewed, exponential(x.v##k, LIFT), local[tile + k]);
       TILE(0)
       if (tiles > 1) TILE(1)
       if (tiles > 2) TILE(2)
@@ -190,16 +190,19 @@ static inline void lift_columns(shape s, vectors p, range r, tensor values, int 
 // The first round in the log domain, from v = 1: all of its scalings are folded at the end.
 static inline void log_round(shape s, vectors p, range r, tensor values, int item) {
   const float64 always = 1.0f;
+  const lifts l = lifts_of(1);
   clear_folds(s, p);
   lift_rows(s, p, r, values, item);
   fill(s, p, r, values, item, always);
   start_columns(s, p);
   update_sums(s, p);
-  for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = divided(local[p.a + k], local[p.rows + k]);
+  for (int k = 0; k < s.row_blocks; k++)
+    local[p.u + k] = divided(v_f32_mul_b(local[p.a + k], l.up), local[p.rows + k]);
   fold_rows(s, p, always);
   lift_columns(s, p, r, values, item);
   fill(s, p, r, values, item, always);
-  for (int k = 0; k < s.column_blocks; k++) local[p.v + k] = divided(local[p.b + k], times_rows(s, k, p.u));
+  for (int k = 0; k < s.column_blocks; k++)
+    local[p.v + k] = divided(v_f32_mul_b(local[p.b + k], l.up), times_rows(s, k, p.u));
   fold_columns(s, p, always);
   fill(s, p, r, values, item, always);
 }

@@ -22,25 +22,31 @@
 #endif
 
 // A round, rows then columns, where `active` is positive; K v is known before and after.
-static inline void one_round(shape s, vectors p, float64 active) {
-  for (int k = 0; k < s.row_blocks; k++)
-    local[p.u + k] = where_positive(active, divided(local[p.a + k], local[p.rows + k]), local[p.u + k]);
-  for (int k = 0; k < s.column_blocks; k++)
-    local[p.v + k] = where_positive(active, divided(local[p.b + k], times_rows(s, k, p.u)), local[p.v + k]);
+static inline void one_round(shape s, vectors p, lifts l, float64 active) {
+  for (int k = 0; k < s.row_blocks; k++) {
+    const float64 u = divided(v_f32_mul_b(local[p.a + k], l.up), local[p.rows + k]);
+    local[p.u + k] = where_positive(active, u, local[p.u + k]);
+  }
+  for (int k = 0; k < s.column_blocks; k++) {
+    const float64 v = divided(v_f32_mul_b(local[p.b + k], l.up), times_rows(s, k, p.u));
+    local[p.v + k] = where_positive(active, v, local[p.v + k]);
+  }
   update_sums(s, p);
 }
 
-static inline float64 row_error(shape s, vectors p) {
+static inline float64 row_error(shape s, vectors p, lifts l) {
   float64 error = 0.0f;
-  for (int k = 0; k < s.row_blocks; k++)
-    error = error + v_f32_abs_b(v_f32_mul_b(local[p.u + k], local[p.rows + k]) - local[p.a + k]);
+  for (int k = 0; k < s.row_blocks; k++) {
+    const float64 rows = v_f32_mul_b(local[p.rows + k], l.back);
+    error = error + v_f32_abs_b(v_f32_mul_b(local[p.u + k], rows) - local[p.a + k]);
+  }
   return over_all_lanes(s.by, SUM, error);
 }
 
-static inline void store_plan(shape s, vectors p, range r, tensor plan, int item) {
+static inline void store_plan(shape s, vectors p, lifts l, range r, tensor plan, int item) {
   for (int block = 0; block < s.row_blocks; block++) {
     const places t = row_places(s, block);
-    const four u = spread_rows(local[p.u + block]);
+    const four u = spread_rows(v_f32_mul_b(local[p.u + block], l.back));
     for (int c = 0; c < s.column_tiles; c++) {
       const float64 v = spread_column(local[p.v + (c >> 4)], c);
       four x;
@@ -96,8 +102,8 @@ static inline slot start(slot x, tensor values, tensor a, tensor b, tensor forms
 }
 
 static inline void finish(slot x, tensor plan, tensor f, tensor g, tensor report) {
-  const float64 error = row_error(x.s, x.p) + x.r.poison, zero = 0.0f;
-  store_plan(x.s, x.p, x.r, plan, x.item);
+  const float64 error = row_error(x.s, x.p, lifts_of(x.form)) + x.r.poison, zero = 0.0f;
+  store_plan(x.s, x.p, lifts_of(x.form), x.r, plan, x.item);
   store_potentials(x.s, x.p, x.r, f, g, x.item);
   // None without mass; all of them where something is not finite.
   const float64 rounds = where_positive(x.r.mass, x.rounds, v_f32_sel_geq_f32_b(x.r.poison, zero, zero, x.rounds));
@@ -187,7 +193,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
       }
       for (int t = x.form > 0 ? 1 : 0; t < num_iters; t++) {
         if (t > 0 && tol > 0.0f) {
-          const float64 error = row_error(x.s, x.p) + x.r.poison;
+          const float64 error = row_error(x.s, x.p, lifts_of(x.form)) + x.r.poison;
           active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
         }
         if (x.form > 0 && t > 1 && (t - 1) % x.form == 0) {
@@ -196,7 +202,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
           fill(x.s, x.p, x.r, values, item, active);
           update_sums(x.s, x.p);
         }
-        one_round(x.s, x.p, active);
+        one_round(x.s, x.p, lifts_of(x.form), active);
         x.rounds = x.rounds + active;
         RECORD(x, t);
       }

@@ -10,7 +10,6 @@
 #include "values.h"
 
 #define MOST_SIDE 8
-#define LEAST -3.0e38f
 #define MOST_SPREAD 40.0f
 #define MOST_SPREAD_WITH_WEIGHTS 60.0f
 
@@ -22,6 +21,8 @@ typedef struct {
   int N, M, lane;      // lane: the item of lane 0
   float64 sign, size;  // of scale
   float64 shift, poison, mass;
+  int lift;  // of K: LIFT where it may be folded, otherwise zero
+  lifts by;
 } batch;
 
 static inline int5 place(int lane, int i1, int i2) {
@@ -44,7 +45,7 @@ static inline float64 log_entry(batch s, tensor values, int i, int j) {
 static inline void fill(batch s, tensor values, float64 renewed) {
   for (int i = 0; i < s.N; i++)
     for (int j = 0; j < s.M; j++)
-      K[i * s.M + j] = where_positive(renewed, exponential(log_entry(s, values, i, j)), K[i * s.M + j]);
+      K[i * s.M + j] = where_positive(renewed, exponential(log_entry(s, values, i, j), s.lift), K[i * s.M + j]);
 }
 
 static inline float64 divided(float64 marginal, float64 sums) {
@@ -71,7 +72,7 @@ static inline void row_sums(batch s) {
 }
 
 static inline void update_rows(batch s, float64 active) {
-  for (int i = 0; i < s.N; i++) u[i] = where_positive(active, divided(a[i], rows[i]), u[i]);
+  for (int i = 0; i < s.N; i++) u[i] = where_positive(active, divided(v_f32_mul_b(a[i], s.by.up), rows[i]), u[i]);
 }
 
 static inline void update_columns(batch s, float64 active) {
@@ -85,16 +86,17 @@ static inline void update_columns(batch s, float64 active) {
       s2 = v_f32_mac_b(K[i * s.M + j2], w, s2);
       s3 = v_f32_mac_b(K[i * s.M + j3], w, s3);
     }
-    v[j] = where_positive(active, divided(b[j], s0), v[j]);
-    v[j1] = where_positive(active, divided(b[j1], s1), v[j1]);
-    v[j2] = where_positive(active, divided(b[j2], s2), v[j2]);
-    v[j3] = where_positive(active, divided(b[j3], s3), v[j3]);
+    v[j] = where_positive(active, divided(v_f32_mul_b(b[j], s.by.up), s0), v[j]);
+    v[j1] = where_positive(active, divided(v_f32_mul_b(b[j1], s.by.up), s1), v[j1]);
+    v[j2] = where_positive(active, divided(v_f32_mul_b(b[j2], s.by.up), s2), v[j2]);
+    v[j3] = where_positive(active, divided(v_f32_mul_b(b[j3], s.by.up), s3), v[j3]);
   }
 }
 
 static inline float64 row_error(batch s) {
   float64 error = s.poison;
-  for (int i = 0; i < s.N; i++) error = error + v_f32_abs_b(v_f32_mul_b(u[i], rows[i]) - a[i]);
+  for (int i = 0; i < s.N; i++)
+    error = error + v_f32_abs_b(v_f32_mul_b(u[i], v_f32_mul_b(rows[i], s.by.back)) - a[i]);
   return error;
 }
 
@@ -130,8 +132,10 @@ static inline void lift_columns(batch s, tensor values, float64 lifting) {
   }
 }
 
-static inline batch load_batch(tensor values, tensor weights_a, tensor weights_b, int lane, float scale) {
+static inline batch load_batch(tensor values, tensor weights_a, tensor weights_b, int lane, float scale, int folds) {
   batch s;
+  s.lift = folds > 0 ? LIFT : 0;
+  s.by = lifts_of(folds);
   s.N = get_dim_size(values, 2);
   s.M = get_dim_size(values, 1);
   s.lane = lane;
@@ -202,7 +206,7 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
   const int5 last = get_index_space_size() + first;
   const float64 one = 1.0f, zero = 0.0f;
   for (int member = first[0]; member < last[0]; member++) {
-    const batch s = load_batch(values, weights_a, weights_b, 64 * member, scale);
+    const batch s = load_batch(values, weights_a, weights_b, 64 * member, scale, fold_every);
     float64 absorbed = zero, active = one, rounds = one, error = zero;
     if (fold_every > 0) {
       absorbed = is_absorbed(s, values);
@@ -211,7 +215,7 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
     // The first round, in the log domain for ABSORBED lanes.
     fill(s, values, one);
     row_sums(s);
-    for (int i = 0; i < s.N; i++) u[i] = divided(a[i], rows[i]);
+    for (int i = 0; i < s.N; i++) u[i] = divided(v_f32_mul_b(a[i], s.by.up), rows[i]);
     if (fold_every > 0) {
       fold_rows(s, absorbed);
       lift_columns(s, values, absorbed);
@@ -236,8 +240,9 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
     }
     row_sums(s);
     for (int i = 0; i < s.N; i++) {
+      const float64 scaling = v_f32_mul_b(u[i], s.by.back);
       for (int j = 0; j < s.M; j++)
-        STORE_VALUES(place(s.lane, j, i), plan, v_f32_mac_b(v_f32_mul_b(K[i * s.M + j], u[i]), v[j], s.poison));
+        STORE_VALUES(place(s.lane, j, i), plan, v_f32_mac_b(v_f32_mul_b(K[i * s.M + j], scaling), v[j], s.poison));
       store_potential(s, f, i, a[i], u[i], log_u[i], s.shift);
     }
     for (int j = 0; j < s.M; j++) store_potential(s, g, j, b[j], v[j], log_v[j], zero);

@@ -11,10 +11,11 @@ typedef struct {
 } part;
 
 // dL -= K (x y' + z w'): tiles of the slice, x and z blocks of rows, y and w of columns.
-static inline void subtract_terms(shape s, part q, int x, int y, int z, int w) {
+static inline void subtract_terms(shape s, part q, lifts l, int x, int y, int z, int w) {
   for (int block = 0; block < s.row_blocks; block++) {
     const int tiles = s.row_tiles - 4 * block;
-    const four xs = spread_rows(local[x + block]), zs = spread_rows(local[z + block]);
+    const four xs = spread_rows(v_f32_mul_b(local[x + block], l.back));
+    const four zs = spread_rows(v_f32_mul_b(local[z + block], l.back));
     for (int c = q.first; c < q.last; c++) {
       const float64 ys = spread_column(local[y + (c >> 4)], c), ws = spread_column(local[w + (c >> 4)], c);
       const int from = s.matrix + c * s.row_tiles + 4 * block, to = q.at + (c - q.first) * s.row_tiles + 4 * block;
@@ -29,10 +30,10 @@ static inline void subtract_terms(shape s, part q, int x, int y, int z, int w) {
   }
 }
 
-static inline void start_slice(shape s, vectors p, part q, tensor grad_plan, int item) {
+static inline void start_slice(shape s, vectors p, lifts l, part q, tensor grad_plan, int item) {
   for (int block = 0; block < s.row_blocks; block++)
     for (int c = q.first; c < q.last; c++)
-      keep_tiles(s, q.at, block, c - q.first, weighed_tiles(s, p, grad_plan, item, block, c));
+      keep_tiles(s, q.at, block, c - q.first, weighed_tiles(s, p, l, grad_plan, item, block, c));
 }
 
 static inline void store_slice(shape s, part q, range r, float scale, tensor grad_values, int item) {
@@ -64,6 +65,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
     load_weights(s, p, a, b, item);
     const range r = range_of(s, p, values, item, scale, 0, 1);
     const int form = (int)scalar_of(forms, 0, item), rounds = (int)scalar_of(report, 1, item);
+    const lifts l = lifts_of(form);
     if (form == 0) fill_scaled(s, r);
     for (int member = first[0]; member < last[0]; member++) {
       q.first = member * slice;
@@ -81,8 +83,8 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           fill(s, p, r, values, item, always);
         }
         if (t == rounds - 1) {
-          weigh(s, p, d, r, grad_plan, grad_f, grad_g, item);
-          start_slice(s, p, q, grad_plan, item);
+          weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
+          start_slice(s, p, l, q, grad_plan, item);
         }
         // Columns.
         for (int k = 0; k < s.column_blocks; k++) {
@@ -95,7 +97,8 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
         // Rows.
         for (int k = 0; k < s.row_blocks; k++) {
           const float64 u = local[p.u + k];
-          const float64 du = v_f32_mac_b(u, times_columns(s, k, d.wv), local[d.du + k], SW_NEG);
+          const float64 sums = v_f32_mul_b(times_columns(s, k, d.wv), l.back);
+          const float64 du = v_f32_mac_b(u, sums, local[d.du + k], SW_NEG);
           const float64 share = share_of(du, local[p.a + k]);
           local[sum_a + k] = local[sum_a + k] + share;
           local[d.wu + k] = v_f32_mul_b(share, u);
@@ -104,14 +107,16 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
         if (form > 0 && t == 0) {  // its rows met K with nothing folded into the columns
           const int nothing = d.du, none = d.dv;
           clear(none, s.column_blocks);
-          subtract_terms(s, q, p.u, d.wv, nothing, none);
+          subtract_terms(s, q, l, p.u, d.wv, nothing, none);
           clear(p.log_v, s.column_blocks);
           fill(s, p, r, values, item, always);
-          subtract_terms(s, q, nothing, none, d.wu, before);
+          subtract_terms(s, q, l, nothing, none, d.wu, before);
         } else {
-          subtract_terms(s, q, p.u, d.wv, d.wu, before);
-          for (int k = 0; k < s.column_blocks; k++)
-            local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], times_rows(s, k, d.wu));
+          subtract_terms(s, q, l, p.u, d.wv, d.wu, before);
+          for (int k = 0; k < s.column_blocks; k++) {
+            const float64 sums = v_f32_mul_b(times_rows(s, k, d.wu), l.back);
+            local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], sums);
+          }
         }
       }
       store_slice(s, q, r, scale, grad_values, item);
