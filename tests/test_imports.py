@@ -120,7 +120,10 @@ def test_info():
 
 def test_info_json():
     facts = json.loads(python("-m", "otfuse", "info", "--json").stdout)
-    assert set(facts) == {"otfuse", "python", "platform", "packages", "devices", "threads", "backends"}
+    assert set(facts) == {"otfuse", "python", "platform", "packages", "devices", "threads", "backends"} | {
+        "GC_KERNEL_PATH",
+        "tpc_emulator",
+    }
     assert facts["otfuse"] == otfuse.__version__
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["packages"]["habana-torch-plugin"] is None

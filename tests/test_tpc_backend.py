@@ -13,6 +13,7 @@ from test_ops import Calls, tokens
 import otfuse
 from otfuse import tpc_ops
 from otfuse.backends import _tpc_emulator as emulator
+from otfuse.backends import tpc
 from otfuse.testing import specified_sinkhorn
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=f"no C++ compiler: {emulator.HOW_TO_GET_ONE}")
@@ -147,3 +148,17 @@ def test_a_broken_rule_is_not_passed_over(monkeypatch):
     monkeypatch.setitem(tpc_ops.KERNELS, "sinkhorn", row)
     with pytest.raises(emulator.EmulatorError, match="TPC kernel 'sinkhorn_f32' breaks the rule 'bounds'"):
         otfuse.sinkhorn(cost(2, 12, 9), 0.1, backend="tpc")
+
+
+def test_the_built_ops_are_loaded_while_a_call_is_traced(monkeypatch):
+    """The first call may be a compiled one; that they are loaded once and never twice is the library's matter."""
+    loaded = []
+    monkeypatch.setattr(tpc.built, "load", lambda: loaded.append(True))
+
+    def run(x):
+        tpc._load()
+        return x + 1
+
+    torch._dynamo.reset()
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+    assert loaded == [True]

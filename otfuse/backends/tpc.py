@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 
 from otfuse import attention, ops, tpc_ops
 from otfuse.attention import Marginals
@@ -131,7 +131,14 @@ def _counted(rounds: Tensor, problem: Problem) -> Tensor:
     return torch.where(torch.isnan(rounds), problem.num_iters, rounds).to(torch.int32)
 
 
-_load = assume_constant_result(built.load)
+def _load() -> bool:
+    """The built library's ops, loaded; when torch.compile traces a call, once and for all."""
+    built.load()
+    return True
+
+
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo here, and Triton with it.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _launcher(name: str) -> Callable[..., Any]:
