@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Union
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoRA:
     dropout: float = 0.1
 
 
-Tuning = Union[Freeze, FullTuning, LoRA]
+Tuning = Freeze | FullTuning | LoRA
 
 
 class CEDSize(Enum):
@@ -96,7 +96,7 @@ class AudioConfig:
     seed: int = 0  # of random weights
     front_end: CEDFrontEnd | KaldiFrontEnd = field(default_factory=CEDFrontEnd)
     pool_frequency: bool = True  # 4 rows of tokens averaged to one
-    tuning: Freeze | FullTuning | LoRA = field(default_factory=LoRA)
+    tuning: Tuning = field(default_factory=LoRA)
     spec_augment: SpecAugment | None = field(default_factory=SpecAugment)
 
 
@@ -137,7 +137,7 @@ class PretrainedLanguage:
     kind: ClassVar[str] = "pretrained"
     name: str = "meta-llama/Llama-2-7b-hf"
     precision: Precision = Precision.BFLOAT16
-    tuning: Freeze | FullTuning | LoRA = field(default_factory=LoRA)
+    tuning: Tuning = field(default_factory=LoRA)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class RandomLlama:
     mlp: int = 256
     vocabulary: int = 512  # at most; fewer if the captions have fewer pieces
     precision: Precision = Precision.FLOAT32
-    tuning: Freeze | FullTuning | LoRA = field(default_factory=FullTuning)
+    tuning: Tuning = field(default_factory=FullTuning)
     seed: int = 0
 
 
@@ -253,11 +253,19 @@ class Reduction(Enum):
     SUM = "sum"
 
 
+class Average(Enum):
+    """Of the cross-entropy: over a caption's tokens, then over captions (Eq. 8); or over all tokens of a batch."""
+
+    ITEM = "item"
+    TOKEN = "token"  # public code
+
+
 @dataclass(frozen=True)
 class LossConfig:
-    """``ce_weight * CE + ot_weight * OT``; the rest is :func:`otfuse.ot_alignment_loss`'s."""
+    """``ce_weight * CE + ot_weight * OT``; what follows ``ot_weight`` is :func:`otfuse.ot_alignment_loss`'s."""
 
     ce_weight: float = 1.0
+    ce_average: Average = Average.ITEM
     ot_weight: float = 1.0  # 0: no OT loss
     temperature: float = 0.07
     assignment: Assignment = Assignment.LOG_PLAN
