@@ -1,0 +1,203 @@
+"""A folder of media files and a caption file to a prepared split (:mod:`lavcap.data.shards` says what it holds)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lavcap.data.captions import is_selected, read_captions, read_ids, youtube_id
+from lavcap.data.decode import NUM_FRAMES, DecodedClip, Dropped, Reason, decode_clip
+from lavcap.data.sample import SAMPLE_RATE
+from lavcap.data.shards import Line, open_split, read_manifest
+
+FORMAT = 1  # of a prepared folder; one more with every change that makes old folders unreadable
+CLIPS_PER_SHARD = 256  # 170 MB of clips of 10 s
+MEDIA = frozenset(".mp4 .m4v .mkv .webm .mov .avi .flv .3gp .mpg .mpeg .ts .ogv .wmv".split())
+
+
+class PictureFeatures(NamedTuple):
+    """What turns the pictures of a clip into what is stored."""
+
+    image_size: int
+    encode: Callable[[Tensor], Tensor]  # [F, P, P, 3] uint8 to [F, V], in the dtype to be stored
+    fingerprint: str  # of all that the features depend on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prepare: a split's media and captions, and the folder of the prepared set."""
+
+    media: Path
+    captions: Path
+    folder: Path
+    split: str
+    ids: Path | None = None  # only these clips
+    clips_per_shard: int = CLIPS_PER_SHARD
+
+
+class Candidate(NamedTuple):
+    """A clip that is to be prepared, or known beforehand to be left out."""
+
+    clip_id: str
+    captions: tuple[str, ...]
+    source: Path | Dropped
+
+
+def prepare(job: Job, features: PictureFeatures, workers: int = 2) -> list[Line]:
+    """Prepare a split, or go on with one that was begun; returns the complete manifest.
+
+    Features are encoded one clip at a time (a batch of its pictures), so that they do not depend on which other clips
+    there are, nor on where an earlier run was killed.
+
+    Args:
+        job: what to prepare.
+        features: the picture encoder; its fingerprint is kept, and training checks that it is its own.
+        workers: processes that decode; 0 decodes in this one.
+
+    Raises:
+        ValueError: a caption file, an id or a folder that cannot be used, or clips that are in another split too.
+        FileNotFoundError: no such folder or file.
+    """
+    candidates = plan(job)
+    others = _other_splits(job)
+    _check_new_to(others, job.split, (clip.clip_id for clip in candidates if isinstance(clip.source, Path)))
+    writer = open_split(job.folder / job.split, _settings(job, len(candidates), features.fingerprint))
+    rest = candidates[len(writer.lines) :]
+    if rest:
+        decoded = _decode_in_order(rest, features.image_size, workers)
+        bar = tqdm(zip(rest, decoded), desc=job.split, unit="clip", total=len(candidates), initial=len(writer.lines))
+        for clip, found in bar:
+            if isinstance(found, Dropped):
+                writer.drop(clip.clip_id, found)
+            else:
+                visual = features.encode(torch.from_numpy(found.pictures))
+                writer.keep(clip.clip_id, clip.captions, torch.from_numpy(found.waveform), visual)
+    writer.close()
+    check_disjoint(job.folder)
+    return writer.lines
+
+
+def summarise(lines: Sequence[Line]) -> str:
+    """One line for people: clips kept, and dropped by reason."""
+    reasons = Counter(line.reason for line in lines if not line.kept)
+    kept = len(lines) - reasons.total()
+    dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())) or "none"
+    return f"{kept} clips kept of {len(lines)}; dropped: {dropped}"
+
+
+def plan(job: Job) -> list[Candidate]:
+    """Every clip of the caption file in its order, then ids and media files that it does not name."""
+    captions = read_captions(job.captions)
+    files = _media_files(job.media)
+    ids = None if job.ids is None else read_ids(job.ids)
+    planned = [Candidate(clip_id, texts, _source(clip_id, texts, files, ids)) for clip_id, texts in captions.items()]
+    known = captions.keys() | {youtube_id(clip_id) for clip_id in captions}
+    unnamed = Dropped(Reason.NO_CAPTION, f"no line of {job.captions.name} names it")
+    strangers = sorted((files.keys() - captions.keys()) | ((ids or frozenset()) - known))
+    return planned + [Candidate(name, (), unnamed) for name in strangers]
+
+
+def check_disjoint(folder: Path) -> None:
+    """Raise ``ValueError`` if two splits of a prepared set hold the same clip or two clips of one video."""
+    owner: dict[str, str] = {}
+    for split, lines in _splits(folder).items():
+        _check_new_to(owner, split, (line.clip_id for line in lines if line.kept))
+        owner |= {youtube_id(line.clip_id): split for line in lines if line.kept}
+
+
+def _splits(folder: Path) -> dict[str, list[Line]]:
+    return {path.parent.name: read_manifest(path.parent) for path in sorted(folder.glob("*/manifest.csv"))}
+
+
+def _other_splits(job: Job) -> dict[str, str]:
+    """Split of each video that another split of this folder holds."""
+    splits = {name: lines for name, lines in _splits(job.folder).items() if name != job.split}
+    return {youtube_id(line.clip_id): name for name, lines in splits.items() for line in lines if line.kept}
+
+
+def _check_new_to(owner: dict[str, str], split: str, clip_ids: Iterator[str]) -> None:
+    shared = [(clip_id, owner[youtube_id(clip_id)]) for clip_id in clip_ids if youtube_id(clip_id) in owner]
+    if shared:
+        examples = ", ".join(f"{clip_id} (in {other})" for clip_id, other in shared[:3])
+        raise ValueError(
+            f"{len(shared)} clips of split '{split}' are of videos that another split of this folder holds: {examples}. "
+            "Training, validation and test must be different sets: take them out of one caption file, or prepare into "
+            "another folder"
+        )
+
+
+def _media_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of media files {folder}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in MEDIA or not path.is_file():
+            continue
+        if path.stem in files:
+            raise ValueError(f"two files are clip {path.stem}: {files[path.stem]} and {path}; remove one")
+        files[path.stem] = path
+    return files
+
+
+def _source(
+    clip_id: str, captions: tuple[str, ...], files: dict[str, Path], ids: frozenset[str] | None
+) -> Path | Dropped:
+    if ids is not None and not is_selected(clip_id, ids):
+        return Dropped(Reason.NOT_SELECTED, "not in the list of ids")
+    if not captions:
+        return Dropped(Reason.NO_CAPTION, "its captions are empty")
+    if clip_id not in files:
+        return Dropped(Reason.NO_FILE, "no media file of this name")
+    return files[clip_id]
+
+
+def _settings(job: Job, num_candidates: int, visual: str) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that began."""
+    return {
+        "format": FORMAT,
+        "num_candidates": num_candidates,
+        "captions_sha256": hashlib.sha256(job.captions.read_bytes()).hexdigest(),
+        "ids_sha256": None if job.ids is None else hashlib.sha256(job.ids.read_bytes()).hexdigest(),
+        "clips_per_shard": job.clips_per_shard,
+        "sample_rate": SAMPLE_RATE,
+        "max_frames": NUM_FRAMES,
+        "visual": visual,
+    }
+
+
+class _Sources(Dataset[DecodedClip | Dropped]):
+    def __init__(self, candidates: Sequence[Candidate], image_size: int) -> None:
+        self._sources = [clip.source for clip in candidates]
+        self._image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: int) -> DecodedClip | Dropped:
+        source = self._sources[index]
+        return source if isinstance(source, Dropped) else decode_clip(source, self._image_size)
+
+
+def _decode_in_order(candidates: Sequence[Candidate], image_size: int, workers: int) -> Iterator[DecodedClip | Dropped]:
+    """Clips decoded by processes ahead of their use, in order."""
+    loader: DataLoader[DecodedClip | Dropped] = DataLoader(
+        _Sources(candidates, image_size),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        multiprocessing_context="spawn" if workers else None,  # a fork would copy the threads of the encoder's device
+    )
+    yield from loader
+
+
+def _as_it_is(found: DecodedClip | Dropped) -> DecodedClip | Dropped:
+    return found
