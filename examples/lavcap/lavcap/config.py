@@ -79,14 +79,22 @@ class KaldiFrontEnd:
     padding: KaldiPadding = KaldiPadding.MASKED
 
 
+class Fill(Enum):
+    """What stands where SpecAugment hides the spectrogram."""
+
+    MEAN = "mean"  # of the clip
+    PUBLIC_CODE = "public_code"  # zero before normalising
+
+
 @dataclass(frozen=True)
 class SpecAugment:
     """Masks on the spectrogram while training: widths are drawn from 0 up to those named here."""
 
-    time_masks: int = 2
+    time_masks: int = 1
     time_width: int = 192  # frames
     mel_masks: int = 1
     mel_width: int = 24  # bins of 64; the public code's 48 was meant for 128
+    fill: Fill = Fill.MEAN
 
 
 @dataclass(frozen=True)
@@ -293,6 +301,21 @@ class DataConfig:
     workers: int = 2
 
 
+class Engine(Enum):
+    """Whose Trainer runs the loop."""
+
+    TRANSFORMERS = "transformers"  # CPU, GPUs, and Gaudi by its own HPU branches
+    OPTIMUM_HABANA = "optimum_habana"  # Gaudi; an environment of its own, see the README
+
+
+class Tracker(Enum):
+    """Where the log goes besides the terminal and the checkpoints."""
+
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     output: str = "runs/lavcap"
@@ -309,6 +332,13 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
+    engine: Engine = Engine.TRANSFORMERS
+    tracker: Tracker = Tracker.NONE
+    log_steps: int = 10  # updates between two lines of the log
+    validate_epochs: int = 1  # epochs between two validations, each of which ends in a checkpoint
+    checkpoint_steps: int | None = None  # updates between two further checkpoints, for long epochs
+    keep_checkpoints: int = 2  # the newest ones; the best on validation stays besides
+    sample_captions: int = 4  # validation clips whose captions stand in the log
 
 
 @dataclass(frozen=True)

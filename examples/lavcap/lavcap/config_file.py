@@ -40,7 +40,7 @@ def config_from_dict(settings: dict[str, Any]) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values that :func:`config_from_dict` reads back."""
-    plain = _plain(config)
+    plain = plain(config)
     assert isinstance(plain, dict)
     return plain
 
@@ -152,10 +152,11 @@ def _float(value: Any, key: str) -> float:
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config, or a part of one, as nested plain values."""
     if isinstance(value, Enum):
         return value.value
     if not dataclasses.is_dataclass(value):
         return value
     settings = {} if not hasattr(value, "kind") else {"kind": value.kind}
-    return settings | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return settings | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

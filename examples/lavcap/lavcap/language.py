@@ -1,0 +1,111 @@
+"""The causal language model that writes the caption, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lavcap.config import PretrainedLanguage, RandomLlama
+from lavcap.published import published_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILE = "tokenizer.json"
+PAD, START, END = "<pad>", "<s>", "</s>"
+
+
+def build_tokenizer(
+    config: PretrainedLanguage | RandomLlama, captions: Iterable[str] = (), folder: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The language model's own tokenizer, or, for a random model, one trained on ``captions``.
+
+    A trained one is kept in ``folder``; if the folder already holds one, that one is used, so that a run resumed or
+    evaluated has the ids it was trained with.
+
+    Raises:
+        ValueError: a random model's tokenizer is neither in ``folder`` nor are there captions to train it on.
+    """
+    from transformers import AutoTokenizer
+
+    if isinstance(config, PretrainedLanguage):
+        return AutoTokenizer.from_pretrained(config.name)
+    if folder is not None and (folder / TOKENIZER_FILE).is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    captions = list(captions)
+    if not captions:
+        raise ValueError(f"language.kind random_llama needs captions to train its tokenizer on, or one in {folder}")
+    tokenizer = _train_tokenizer(captions, config.vocabulary)
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _train_tokenizer(captions: list[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE: any text can be written in it, and it is read back as it was."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocabulary, len(alphabet) + 3),  # type: ignore[call-arg]
+        special_tokens=[PAD, START, END],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator([f" {caption}" for caption in captions], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END)
+
+
+def build_language_model(
+    config: PretrainedLanguage | RandomLlama, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model with its weights, in the config's precision."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    dtype = getattr(torch, config.precision.value)
+    if isinstance(config, PretrainedLanguage):
+        return AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LlamaForCausalLM(_random_llama_config(config, tokenizer)).to(dtype)
+
+
+def skeleton_language_model(config: PretrainedLanguage | RandomLlama) -> PreTrainedModel:
+    """The model without weights, on the meta device; sizes of the published ones need no download."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = published_config(config.name) if isinstance(config, PretrainedLanguage) else _random_llama_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes)
+    return model.to(getattr(torch, config.precision.value))
+
+
+def _random_llama_config(config: RandomLlama, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    special = {} if tokenizer is None else _special_ids(tokenizer)
+    return LlamaConfig(
+        vocab_size=config.vocabulary if tokenizer is None else len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        **special,
+    )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
