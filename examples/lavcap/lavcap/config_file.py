@@ -40,9 +40,9 @@ def config_from_dict(settings: dict[str, Any]) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values that :func:`config_from_dict` reads back."""
-    plain = plain(config)
-    assert isinstance(plain, dict)
-    return plain
+    settings = plain(config)
+    assert isinstance(settings, dict)
+    return settings
 
 
 def save_config(config: Config, path: str | Path) -> None:
