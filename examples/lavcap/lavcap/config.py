@@ -13,7 +13,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Freeze:
-    """No weight of the module is trained, and no statistic of it moves."""
+    """No weight of the module is trained."""
 
     kind: ClassVar[str] = "freeze"
 
@@ -276,9 +276,10 @@ class LossConfig:
     ce_average: Average = Average.ITEM
     ot_weight: float = 1.0  # 0: no OT loss
     temperature: float = 0.07
-    assignment: Assignment = Assignment.LOG_PLAN
+    assignment: Assignment = Assignment.BARYCENTRIC
     contrast: Contrast = Contrast.SIMILARITY
     reduction: Reduction = Reduction.MEAN
+    learn_temperature: bool = False  # public code: the scale 1 / temperature is a weight
 
 
 class PromptSet(Enum):
@@ -345,6 +346,7 @@ class TrainConfig:
 class GenerationConfig:
     beams: int = 4
     max_new_tokens: int = 200
+    length_penalty: float = 1.0
     batch_size: int = 8
 
 
@@ -362,3 +364,15 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where sections contradict each other."""
+        alone = isinstance(self.fusion, (AudioOnly, VisualOnly))
+        if alone and self.loss.ot_weight:
+            raise ValueError(f"fusion {self.fusion.kind} has nothing to align: set loss.ot_weight=0")
+        apart = isinstance(self.fusion, (OTAtt, Concatenation, JointEncoder))
+        if self.prompts is PromptSet.III and not apart:
+            raise ValueError(
+                f"prompts iii needs sound and picture tokens apart, which fusion {self.fusion.kind} does not give; "
+                f"those that do: {OTAtt.kind}, {Concatenation.kind}, {JointEncoder.kind}"
+            )
