@@ -159,26 +159,6 @@ class Captioner(nn.Module):
         """What training changes: weights that are trained, and statistics that adapt."""
         return {name: tensor.detach() for name, tensor in self._trained()}
 
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`trained_state` gave.
-
-        Raises:
-            ValueError: entries are missing, unexpected or of another shape; they are named.
-        """
-        own = dict(self._trained())
-        problems = [f"missing: {name}" for name in own.keys() - state.keys()]
-        problems += [f"unexpected: {name}" for name in state.keys() - own.keys()]
-        problems += [
-            f"shape: {name} is {list(state[name].shape)}, needs {list(own[name].shape)}"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            raise ValueError("these trained weights are not this config's:\n  " + "\n  ".join(sorted(problems)[:20]))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
-
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p) for name, p in self.named_parameters() if p.requires_grad)
         for name, module in self.named_modules():
