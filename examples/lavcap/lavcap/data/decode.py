@@ -48,7 +48,9 @@ class Dropped(NamedTuple):
 
 class DecodedClip(NamedTuple):
     waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second; peaks of lossy codecs exceed 1 and are kept
-    pictures: np.ndarray  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES: on the screen k / FRAMES_PER_SECOND s after the start
+    pictures: (
+        np.ndarray
+    )  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES: on the screen k / FRAMES_PER_SECOND s after the start
 
 
 def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
@@ -69,10 +71,10 @@ def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
     if sound is None or picture is None:
         return Dropped(Reason.UNREADABLE, f"no {'sound' if sound is None else 'picture'} could be decoded")
     start = max(sound.begin, picture.begin)
-    waveform = _read_sound(path, sound.index, start)
+    waveform = _read_sound(path, sound.number, start)
     if not np.isfinite(waveform).all():
         return Dropped(Reason.UNREADABLE, "the sound holds NaN or infinity")
-    pictures = _read_pictures(path, picture.index, start, picture_size)
+    pictures = _read_pictures(path, picture.number, start, picture_size)
     heard, seen = len(waveform) / SAMPLE_RATE, len(pictures) / FRAMES_PER_SECOND
     if min(heard, seen) < SHORTEST:
         return Dropped(Reason.TOO_SHORT, f"{heard:.2f} s of sound and {seen:.1f} s of picture together")
@@ -80,7 +82,7 @@ def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
 
 
 class _Stream(NamedTuple):
-    index: int
+    number: int  # among the file's streams
     begin: float  # seconds, the stamp of the first frame that decodes
 
 
@@ -182,7 +184,7 @@ def _read_pictures(path: Path, index: int, start: float, size: int) -> list[np.n
 
 
 def _square(frame: Any, size: int) -> np.ndarray:
-    """[size, size, 3]: upright, the shorter side scaled to `size` (bicubic), the centre cut out, as CLIP was trained."""
+    """[size, size, 3]: upright, the shorter side scaled to `size` (bicubic), the centre cut out, as CLIP takes it."""
     upright = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
     picture = Image.fromarray(np.ascontiguousarray(upright))
     scale = size / min(picture.size)

@@ -21,7 +21,7 @@ from lavcap.data.shards import Line, open_split, read_manifest
 
 FORMAT = 1  # of a prepared folder; one more with every change that makes old folders unreadable
 CLIPS_PER_SHARD = 256  # 170 MB of clips of 10 s
-MEDIA = frozenset(".mp4 .m4v .mkv .webm .mov .avi .flv .3gp .mpg .mpeg .ts .ogv .wmv".split())
+MEDIA = frozenset({".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".3gp", ".mpg", ".mpeg", ".ts", ".wmv"})
 
 
 class PictureFeatures(NamedTuple):
@@ -129,9 +129,9 @@ def _check_new_to(owner: dict[str, str], split: str, clip_ids: Iterator[str]) ->
     if shared:
         examples = ", ".join(f"{clip_id} (in {other})" for clip_id, other in shared[:3])
         raise ValueError(
-            f"{len(shared)} clips of split '{split}' are of videos that another split of this folder holds: {examples}. "
-            "Training, validation and test must be different sets: take them out of one caption file, or prepare into "
-            "another folder"
+            f"{len(shared)} clips of split '{split}' are of videos that another split of this folder holds: "
+            f"{examples}. Training, validation and test must be different sets: take them out of one caption file, or "
+            "prepare into another folder"
         )
 
 
@@ -199,5 +199,5 @@ def _decode_in_order(candidates: Sequence[Candidate], image_size: int, workers: 
     yield from loader
 
 
-def _as_it_is(found: DecodedClip | Dropped) -> DecodedClip | Dropped:
+def _as_it_is(found: Any) -> Any:  # without it the loader would make tensors of arrays and lists of names
     return found

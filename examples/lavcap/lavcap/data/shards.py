@@ -56,7 +56,13 @@ def parse_manifest(text: str) -> list[Line]:
     """Lines of a manifest, without a last one that was cut short."""
     whole = text[: text.rfind("\n") + 1]
     rows = list(csv.reader(io.StringIO(whole)))[1:]
-    return [Line(*row[:4], *map(int, row[4:6]), row[6], *map(int, row[7:])) for row in rows]
+    return [_parse(*row) for row in rows]
+
+
+def _parse(
+    clip_id: str, status: str, reason: str, detail: str, samples: str, frames: str, shard: str, offset: str, size: str
+) -> Line:
+    return Line(clip_id, status, reason, detail, int(samples), int(frames), shard, int(offset), int(size))
 
 
 def read_manifest(folder: Path) -> list[Line]:

@@ -1,8 +1,8 @@
 """A prepared split as a stream of WebDataset shards, from disk or from anything webdataset opens (http:, gs:, pipe:).
 
 The shards of an epoch, in an order drawn from seed and epoch, form one sequence of clips. Each consumer (a data loader
-process of a rank) reads its own stretch of it: stretches meet without a gap or an overlap and differ in length by one at
-most, since the manifest says how many clips a shard holds. A shard that two stretches share is read twice.
+process of a rank) reads its own stretch of it: stretches meet without a gap or an overlap and differ in length by one
+at most, since the manifest says how many clips a shard holds. A shard that two stretches share is read twice.
 """
 
 from __future__ import annotations
