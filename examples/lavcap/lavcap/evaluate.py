@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,7 +27,7 @@ def caption_clips(
         ValueError: the split's features are of another picture encoder than the captioner was trained with.
     """
     clips.check_visual(visual_fingerprint(checkpoint.config.visual))
-    loader: DataLoader[RawBatch] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         clips, generation.batch_size, collate_fn=collate, num_workers=workers, multiprocessing_context=_context(workers)
     )
     with tqdm(total=len(clips), desc="captions", unit="clip") as bar:

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
 
 def score_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
-    """Score one caption a clip against its references; the ids of both must be the same (:mod:`.files` checks files)."""
+    """Score one caption a clip against its references."""
     if predictions.keys() != references.keys() or not references:
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} clips must be the same clips, one at least"
