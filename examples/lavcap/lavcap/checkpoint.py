@@ -1,7 +1,7 @@
 """Checkpoints of a few megabytes: what training changed and nothing that was only read, written whole or not at all.
 
-A run's folder holds ``checkpoint-<step>`` folders. Each has ``trainable.safetensors`` (LoRA, projector, whatever else
-is trained, batch norm statistics), what resuming needs (optimiser, schedule, random states, the trainer's own record),
+A run's folder holds ``checkpoint-<step>`` folders. Each has ``trained.safetensors`` (LoRA, projector, whatever else
+is trained, statistics that adapt), what resuming needs (optimiser, schedule, random states, the trainer's own record),
 ``config.yaml`` and the tokenizer. A folder is filled under a name that no reader looks for, synced to disk and renamed,
 so one that has its final name is complete, whenever the process was killed.
 """
@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lavcap.config import Config
 from lavcap.config_file import load_config
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from lavcap.captioner import Captioner
 
-WEIGHTS = "trainable.safetensors"
+WEIGHTS = "trained.safetensors"
 RECORD = "trainer_state.json"
 TOKENIZER = "tokenizer"
 CONFIG = "config.yaml"
@@ -59,31 +58,22 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> C
     config = load_config(chosen / CONFIG)
     tokenizer = build_tokenizer(config.language, folder=chosen / TOKENIZER)
     captioner = load_captioner(config, tokenizer, device=device)
-    load_trainable(captioner, chosen)
+    load_trained(captioner, chosen)
     return Checkpoint(captioner.eval(), tokenizer, config)
 
 
-def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that training changes: parameters that take gradients, and batch norm statistics."""
-    tensors = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    for prefix, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            tensors |= {f"{prefix}.{name}": value for name, value in module.named_buffers(recurse=False)}
-    return dict(sorted(tensors.items()))
-
-
-def save_trainable(model: nn.Module, folder: Path, *, write: bool = True) -> None:
+def save_trained(model: Captioner, folder: Path, *, write: bool = True) -> None:
     """Write what training changed to ``folder``.
 
     Where the model is sharded over processes, all of them have to call this, the writing one with ``write=True``.
     """
-    whole = {name: _whole(value.detach()).cpu().contiguous() for name, value in trainable_tensors(model).items()}
+    whole = {name: _whole(value).cpu().contiguous() for name, value in model.trained_state().items()}
     if write:
         save_file(whole, folder / WEIGHTS)
 
 
-def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Read what :func:`save_trainable` wrote into a model of the same config.
+def load_trained(model: Captioner, folder: Path) -> None:
+    """Read what :func:`save_trained` wrote into a model of the same config.
 
     Raises:
         FileNotFoundError: the folder is no checkpoint.
@@ -92,7 +82,7 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}: not a checkpoint of lavcap train")
-    saved, live = load_file(path), trainable_tensors(model)
+    saved, live = load_file(path), model.trained_state()
     problems = [f"{name} is missing" for name in live.keys() - saved.keys()]
     problems += [f"{name} is not trained here" for name in saved.keys() - live.keys()]
     problems += [

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers.utils import is_torch_hpu_available, logging
 
 from lavcap import checkpoint
 from lavcap.captioner import load_captioner
@@ -90,7 +90,17 @@ def build_trainer(
     clips: Dataset[Sample],
     validation: Dataset[Sample],
 ) -> Captioning:
-    """The trainer of the config's engine around ready parts."""
+    """The trainer of the config's engine around ready parts.
+
+    Raises:
+        ValueError: the training set does not fill one batch on every process.
+    """
+    together = config.train.batch_size * arguments.world_size
+    if len(clips) < together:  # type: ignore[arg-type]
+        raise ValueError(
+            f"{len(clips)} training clips do not fill one batch of {together} (train.batch_size times "  # type: ignore[arg-type]
+            f"{arguments.world_size} processes): lower train.batch_size"
+        )
     parts: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -155,9 +165,12 @@ def training_settings(config: Config) -> dict[str, Any]:
         "max_grad_norm": train.max_gradient_norm or 0.0,
         "bf16": train.precision is Precision.BFLOAT16,
         "fp16": train.precision is Precision.FLOAT16,
+        # Said outright: several processes meet on a CPU only if asked to.
+        "use_cpu": not (torch.accelerator.is_available() or is_torch_hpu_available()),
         "torch_compile": train.compile,
         "seed": train.seed,
         "data_seed": train.seed,
+        "dataloader_drop_last": True,  # every update is of one size, however many processes share it
         "dataloader_num_workers": config.data.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_persistent_workers": config.data.workers > 0,
@@ -219,6 +232,6 @@ def check(config: Config) -> None:
         )
     if data.validation_split == data.test_split != data.train_split:
         raise ValueError(
-            f"data.validation_split and data.test_split are both '{data.test_split}': the checkpoint would be chosen on "
-            "the test set, as in the public code; name the validation split"
+            f"data.validation_split and data.test_split are both '{data.test_split}': the checkpoint would be chosen "
+            "on the test set, as in the public code; name the validation split"
         )

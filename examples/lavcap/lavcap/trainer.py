@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
@@ -48,7 +49,7 @@ class Counts(NamedTuple):
 
 
 class Captioning:
-    """Mixed in before a ``Trainer``, transformers' own or Gaudi's; takes :class:`RawBatch` and writes small checkpoints.
+    """Mixed in before a ``Trainer``, transformers' own or Gaudi's; takes a :class:`RawBatch`, writes small checkpoints.
 
     The loss is that of the global batch (all processes, all steps of an accumulation), so that a run's losses do not
     depend on how that batch was split.
@@ -59,12 +60,13 @@ class Captioning:
         super().__init__(data_collator=collate, **options)
         self.model_accepts_loss_kwargs = True  # the Trainer then leaves the averaging to compute_loss
         self._parts = torch.zeros(2)  # cross-entropy and OT loss, added up since the log's last line
-        self._parts_since = 0
+        self._updates = 0  # since then
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RawBatch], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The batches of one update, worded, and the :class:`Counts` of all of them on all processes."""
+        self._updates += 1
         batches = [self.word(raw, self.state.global_step) for raw in islice(epoch_iterator, num_batches)]
         counts = torch.stack([torch.stack(Counts.of(batch)) for batch in batches]).sum(0).to(device)
         return batches, self.accelerator.reduce(counts, "sum")
@@ -101,10 +103,9 @@ class Captioning:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with both parts of the training loss."""
         if "loss" in logs:
-            steps = self.state.global_step - self._parts_since
-            ce, ot = (self.accelerator.reduce(self._parts, "mean") / max(steps, 1)).tolist()
+            ce, ot = (self.accelerator.reduce(self._parts, "mean") / self._updates).tolist()
             logs |= {"ce_loss": ce, "ot_loss": ot}
-            self._parts, self._parts_since = torch.zeros_like(self._parts), self.state.global_step
+            self._parts, self._updates = torch.zeros_like(self._parts), 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -117,6 +118,13 @@ class Captioning:
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[RawBatch]:
+        """Every clip of the validation set; the Trainer's would leave out what fills no batch, as training does."""
+        clips = self.eval_dataset if eval_dataset is None else eval_dataset
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(clips, batch_size=self.args.eval_batch_size, collate_fn=collate, num_workers=workers)
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Cross-entropy, averaged over a clip's captions and then over clips, none of which counts twice."""
@@ -173,7 +181,7 @@ class Captioning:
         if self.is_world_process_zero():
             checkpoint.start_folder(folder)
         self.accelerator.wait_for_everyone()
-        checkpoint.save_trainable(self.model, unfinished, write=self.is_world_process_zero())
+        checkpoint.save_trained(self.model, unfinished, write=self.is_world_process_zero())
         self._save_optimizer_and_scheduler(str(unfinished))
         self._save_rng_state(str(unfinished))
         if self.is_world_process_zero():
@@ -208,7 +216,7 @@ class Captioning:
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
+        checkpoint.load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 class CaptionTrainer(Captioning, Trainer):
@@ -222,13 +230,16 @@ class Cadence(TrainerCallback):
         self.train = config.train
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = self.train.checkpoint_steps
-        control.should_save |= steps is not None and state.global_step % steps == 0
+        ends_epoch = state.epoch == round(state.epoch)  # then saved after its validation, once
+        control.should_save |= self._further(state) and not ends_epoch
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due = round(state.epoch) % self.train.validate_epochs == 0 or state.global_step >= state.max_steps
-        control.should_evaluate &= due
-        control.should_save &= due
+        control.should_evaluate = due
+        control.should_save = due or self._further(state)
+
+    def _further(self, state: Any) -> bool:
+        return self.train.checkpoint_steps is not None and state.global_step % self.train.checkpoint_steps == 0
 
 
 def as_model_batch(
