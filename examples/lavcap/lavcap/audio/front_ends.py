@@ -38,7 +38,7 @@ class CEDLogMel(nn.Module):
     """
 
     max_patches = 63  # the length of CED's position embedding
-    max_samples = max_patches * PATCH * HOP + (PATCH - 1) * HOP + HOP - 1
+    max_samples = (max_patches * PATCH + PATCH - 2) * HOP + HOP - 1
     zero_level = 0.0  # what a zero before normalisation would be: there is none here
     window: Tensor
     mel_scale: Tensor
