@@ -41,8 +41,6 @@ class CaptionerOutput(ModelOutput):
 class Captioner(nn.Module):
     """Built by :func:`load_captioner`, or, to be counted only, by :func:`skeleton_captioner`."""
 
-    supports_gradient_checkpointing = True
-
     def __init__(
         self,
         config: Config,
@@ -143,17 +141,15 @@ class Captioner(nn.Module):
         audio, audio_mask = self.audio(waveform, num_samples)
         return self.fusion(audio, audio_mask, visual.to(audio.dtype), visual_mask)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self) -> None:
         """Recompute the blocks of both transformers in the backward pass instead of keeping their insides."""
-        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        kwargs = {"use_reentrant": False}
+        if hasattr(self.language, "activation_checkpointing_enable"):
+            self.language.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        else:  # its name in older transformers
+            self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         if self.audio is not None:
             self.audio.ced.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.language.gradient_checkpointing_disable()
-        if self.audio is not None:
-            self.audio.ced.gradient_checkpointing = False
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes: weights that are trained, and statistics that adapt."""

@@ -71,11 +71,12 @@ def preprocess(frames: Tensor | np.ndarray, size: int = IMAGE_SIZE) -> Tensor:
     # The longer side is rounded down, as CLIP's own processor does.
     target = tuple(size if side == short else int(size * side / short) for side in (height, width))
     pixels = frames.permute(0, 3, 1, 2).float()
-    if target != (height, width):
-        pixels = nn.functional.interpolate(pixels, target, mode="bicubic", antialias=True, align_corners=False)
+    for step in ((height, target[1]), target):  # PIL's two passes, along rows first, each of which ends in bytes
+        if step != tuple(pixels.shape[2:]):
+            pixels = nn.functional.interpolate(pixels, step, mode="bicubic", antialias=True, align_corners=False)
+            pixels = pixels.round().clamp(0, 255)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    # A picture of bytes holds whole numbers between the resize and the scaling; bicubic overshoots both ends.
-    pixels = pixels[:, :, top : top + size, left : left + size].round().clamp(0, 255) / 255
+    pixels = pixels[:, :, top : top + size, left : left + size] / 255
     mean, std = pixels.new_tensor(CLIP_MEAN), pixels.new_tensor(CLIP_STD)
     return (pixels - mean[:, None, None]) / std[:, None, None]
 

@@ -140,11 +140,8 @@ def htk_mel_scale() -> Tensor:
 def kaldi_mel_scale() -> Tensor:
     """[257, 64] float64: Kaldi's triangles between 20 Hz and 8 kHz, linear in mels; the Nyquist bin takes no part."""
 
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127 * torch.log1p(hertz / 700)
-
-    bins = mel(torch.arange(NUM_FFT // 2, dtype=torch.float64) * SAMPLE_RATE / NUM_FFT)
-    low, high = mel(torch.tensor([20.0, 8000.0], dtype=torch.float64)).tolist()
+    bins = 1127 * torch.log1p(torch.arange(NUM_FFT // 2, dtype=torch.float64) * SAMPLE_RATE / NUM_FFT / 700)
+    low, high = (1127 * math.log1p(hertz / 700) for hertz in (20, SAMPLE_RATE / 2))
     edges = low + (high - low) / (NUM_MELS + 1) * torch.arange(NUM_MELS + 2, dtype=torch.float64)
     return nn.functional.pad(_triangles(bins, edges), (0, 0, 0, 1))
 
