@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lavcap.config import PretrainedLanguage, RandomLlama
+from lavcap.prompts import PROMPT_II, PROMPT_III, WORDINGS
 from lavcap.published import published_config
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def build_tokenizer(
 
 
 def _train_tokenizer(captions: list[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: any text can be written in it, and it is read back as it was."""
+    """Byte-level BPE of prompts and captions: any text can be written in it, and is read back as it was."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +60,8 @@ def _train_tokenizer(captions: list[str], vocabulary: int) -> PreTrainedTokenize
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    bpe.train_from_iterator([f" {caption}" for caption in captions], trainer)
+    prompts = [text for prompt in (*WORDINGS, PROMPT_II, PROMPT_III) for text in prompt.text]
+    bpe.train_from_iterator([*prompts, *(f" {caption}" for caption in captions)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END)
 
 
@@ -98,6 +100,9 @@ def _random_llama_config(config: RandomLlama, tokenizer: PreTrainedTokenizerBase
         num_hidden_layers=config.depth,
         num_attention_heads=config.heads,
         max_position_embeddings=1024,
+        # Variance is kept from layer to layer. With the usual 0.02 a frozen head this narrow could never be sure of a
+        # word: no logit could stand out by more than width * 0.02.
+        initializer_range=config.width**-0.5,
         tie_word_embeddings=False,
         **special,
     )
