@@ -70,9 +70,8 @@ def prepare(job: Job, features: PictureFeatures, workers: int = 2) -> list[Line]
     candidates = plan(job)
     others = _other_splits(job)
     _check_new_to(others, job.split, (clip.clip_id for clip in candidates if isinstance(clip.source, Path)))
-    writer = open_split(job.folder / job.split, _settings(job, len(candidates), features.fingerprint))
-    rest = candidates[len(writer.lines) :]
-    if rest:
+    with open_split(job.folder / job.split, _settings(job, len(candidates), features.fingerprint)) as writer:
+        rest = candidates[len(writer.lines) :]
         decoded = _decode_in_order(rest, features.image_size, workers)
         bar = tqdm(zip(rest, decoded), desc=job.split, unit="clip", total=len(candidates), initial=len(writer.lines))
         for clip, found in bar:
@@ -81,7 +80,6 @@ def prepare(job: Job, features: PictureFeatures, workers: int = 2) -> list[Line]
             else:
                 visual = features.encode(torch.from_numpy(found.pictures))
                 writer.keep(clip.clip_id, clip.captions, torch.from_numpy(found.waveform), visual)
-    writer.close()
     check_disjoint(job.folder)
     return writer.lines
 
@@ -189,6 +187,7 @@ class _Sources(Dataset[DecodedClip | Dropped]):
 
 def _decode_in_order(candidates: Sequence[Candidate], image_size: int, workers: int) -> Iterator[DecodedClip | Dropped]:
     """Clips decoded by processes ahead of their use, in order."""
+    workers = min(workers, len(candidates))
     loader: DataLoader[DecodedClip | Dropped] = DataLoader(
         _Sources(candidates, image_size),
         batch_size=None,

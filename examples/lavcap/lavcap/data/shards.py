@@ -18,6 +18,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -78,7 +79,7 @@ def _format(line: tuple[object, ...]) -> bytes:
 
 
 class SplitWriter:
-    """Appends clips to a split's shards and manifest; made by :func:`open_split`."""
+    """Appends clips to a split's shards and manifest; made by :func:`open_split`, used in a ``with``."""
 
     def __init__(self, folder: Path, manifest: BinaryIO, lines: list[Line], clips_per_shard: int) -> None:
         self.lines = lines
@@ -93,7 +94,7 @@ class SplitWriter:
     def keep(self, clip_id: str, captions: tuple[str, ...], waveform: Tensor, visual: Tensor) -> None:
         shard = shard_name(self._num_kept // self._clips_per_shard)
         if self._num_kept % self._clips_per_shard == 0:
-            self.close_shard()
+            self._end_shard()
             self._shard = (self._folder / shard).open("xb", buffering=0)
         assert self._shard is not None
         members = tar_members(clip_id, captions, waveform, visual)
@@ -106,12 +107,15 @@ class SplitWriter:
     def drop(self, clip_id: str, dropped: Dropped) -> None:
         self._add(Line(clip_id, "dropped", dropped.reason.value, dropped.detail))
 
-    def close(self) -> None:
-        """End the last shard and let go of the split."""
-        self.close_shard()
-        self._manifest.close()
+    def __enter__(self) -> SplitWriter:
+        return self
 
-    def close_shard(self) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        with self._manifest, self._shard or nullcontext():
+            if error is None:
+                self._end_shard()
+
+    def _end_shard(self) -> None:
         """End the tar; doing it again after a kill writes the same bytes."""
         if self._shard is not None:
             _write(self._shard, _END_OF_TAR)
@@ -134,18 +138,19 @@ def open_split(folder: Path, settings: dict[str, Any]) -> SplitWriter:
         ValueError: the split was begun with other settings, or another process is preparing it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = (folder / MANIFEST).open("a+b", buffering=0)
-    try:  # a lock of the process: decoders forked from it do not hold it, and a kill releases it
-        fcntl.lockf(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another 'lavcap prepare' is at work in {folder}: wait for it, or end it") from None
-    _check_settings(folder / SETTINGS, settings)
-    manifest.seek(0)
-    lines = parse_manifest(manifest.read().decode("utf-8"))
-    while lines and not _is_on_disk(folder, lines[-1]):
-        lines.pop()
-    _cut_off(folder, manifest, lines)
-    return SplitWriter(folder, manifest, lines, settings["clips_per_shard"])
+    with ExitStack() as on_error:
+        manifest = on_error.enter_context((folder / MANIFEST).open("a+b", buffering=0))
+        try:  # a lock of the process: decoders that it starts do not hold it, and a kill releases it
+            fcntl.lockf(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another 'lavcap prepare' is at work in {folder}: wait for it, or end it") from None
+        _check_settings(folder / SETTINGS, settings)
+        manifest.seek(0)
+        lines = _on_disk(folder, parse_manifest(manifest.read().decode("utf-8")))
+        _cut_off(folder, manifest, lines)
+        writer = SplitWriter(folder, manifest, lines, settings["clips_per_shard"])
+        on_error.pop_all()
+    return writer
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -165,10 +170,11 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _is_on_disk(folder: Path, line: Line) -> bool:
-    """Whether a power failure, which keeps no order of writes, left the clip of this line."""
-    path = folder / line.shard
-    return not line.kept or (path.is_file() and path.stat().st_size >= line.offset + line.size)
+def _on_disk(folder: Path, lines: list[Line]) -> list[Line]:
+    """Lines up to the first whose clip is not there: a file may have been lost, or cut when the power failed."""
+    sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.tar")}
+    lost = (i for i, line in enumerate(lines) if line.kept and sizes.get(line.shard, 0) < line.offset + line.size)
+    return lines[: next(lost, len(lines))]
 
 
 def _cut_off(folder: Path, manifest: BinaryIO, lines: list[Line]) -> None:

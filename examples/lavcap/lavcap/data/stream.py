@@ -8,8 +8,10 @@ at most, since the manifest says how many clips a shard holds. A shard that two 
 from __future__ import annotations
 
 import random
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import TypeVar
 
@@ -93,8 +95,8 @@ class ShardedDataset(IterableDataset[Sample]):
             position += count
 
     def _read_shard(self, shard: str, skipped: int, wanted: int) -> Iterator[Sample]:
-        with gopen(self._url(shard)) as stream:
-            found = 0
+        found = 0
+        with gopen(self._url(shard)) as stream, suppress(tarfile.ReadError):  # a member cut off: told below
             for sample in islice(read_samples(stream), skipped, wanted):
                 found += 1
                 yield sample
