@@ -85,7 +85,8 @@ def skeleton_language_model(config: PretrainedLanguage | RandomLlama) -> PreTrai
 
     sizes = published_config(config.name) if isinstance(config, PretrainedLanguage) else _random_llama_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sizes)
+        # Eager: the others look into the mask, and here is nothing to see.
+        model = AutoModelForCausalLM.from_config(sizes, attn_implementation="eager")
     return model.to(getattr(torch, config.precision.value))
 
 

@@ -10,6 +10,7 @@ from lavcap.audio.ced import CED, SHAPES, AudioTokens
 from lavcap.audio.ced_weights import load_ced
 from lavcap.audio.front_ends import build_front_end
 from lavcap.config import AudioConfig
+from lavcap.precision import full_precision
 
 
 class AudioEncoder(nn.Module):
@@ -29,7 +30,7 @@ class AudioEncoder(nn.Module):
 
     def forward(self, waveform: Tensor, num_samples: Tensor) -> AudioTokens:
         """waveform [B, S] at 16 kHz, num_samples [B]."""
-        with torch.autocast(waveform.device.type, enabled=False), torch.no_grad():
+        with full_precision(waveform.device), torch.no_grad():
             spectrogram = self.front_end(waveform.float(), num_samples)
             if self.training and self.config.spec_augment is not None:
                 spectrogram = spec_augment(spectrogram, self.config.spec_augment, self.front_end.zero_level)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import otfuse
 from lavcap.config import LossConfig, OTAtt, SolverConfig
 from lavcap.fusion.base import Fusion, FusionOutput
+from lavcap.precision import full_precision
 
 
 class OTLoss(nn.Module):
@@ -21,7 +22,7 @@ class OTLoss(nn.Module):
 
     def forward(self, audio: Tensor, visual: Tensor, audio_mask: Tensor, visual_mask: Tensor) -> Tensor:
         similarity = otfuse.similarity_matrix(audio, visual, self.solver.similarity.value)
-        with torch.autocast(audio.device.type, enabled=False):
+        with full_precision(audio.device):
             plan = otfuse.sinkhorn(
                 -similarity.float(),
                 self.solver.epsilon,
