@@ -83,11 +83,16 @@ def skeleton_language_model(config: PretrainedLanguage | RandomLlama) -> PreTrai
     """The model without weights, on the meta device; sizes of the published ones need no download."""
     from transformers import AutoModelForCausalLM
 
-    sizes = published_config(config.name) if isinstance(config, PretrainedLanguage) else _random_llama_config(config)
+    sizes = language_config(config)
     with torch.device("meta"):
         # Eager: the others look into the mask, and here is nothing to see.
         model = AutoModelForCausalLM.from_config(sizes, attn_implementation="eager")
     return model.to(getattr(torch, config.precision.value))
+
+
+def language_config(config: PretrainedLanguage | RandomLlama) -> PretrainedConfig:
+    """The sizes of the language model; no download for the published ones."""
+    return published_config(config.name) if isinstance(config, PretrainedLanguage) else _random_llama_config(config)
 
 
 def _random_llama_config(config: RandomLlama, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
