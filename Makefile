@@ -13,7 +13,7 @@ demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 tests benchmarks
+	$(BIN)/python -m pytest -n 2 tests benchmarks examples/lavcap/tests
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -35,8 +35,12 @@ wheel: .venv/dev
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-.venv/demo .venv/dev .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py
+.venv/demo .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py
 	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv/dev: .venv/torch pyproject.toml setup.py examples/lavcap/pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[dev]" --editable "examples/lavcap[test]"
 	touch $@
 
 clean:

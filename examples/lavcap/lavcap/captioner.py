@@ -116,7 +116,7 @@ class Captioner(nn.Module):
         end = tokenizer.eos_token_id
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         embeds, mask = self._prompted(self.fuse(waveform, num_samples, visual, num_frames), prompt_ids, prompt_masks)
-        ids = self.language.generate(  # type: ignore[operator]
+        ids = self.language.generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
             generation_config=Settings(

@@ -97,10 +97,8 @@ def _build(cls: type, settings: Any, section: str) -> Any:
 
 def _with_default_kind(field: dataclasses.Field[Any], value: Any) -> Any:
     """A section that offers a choice and names none is of the kind that is the default."""
-    factory = field.default_factory
-    if isinstance(value, dict) and "kind" not in value and hasattr(factory, "kind"):
-        return {"kind": factory.kind} | value
-    return value
+    kind = getattr(field.default_factory, "kind", None)
+    return {"kind": kind} | value if kind is not None and isinstance(value, dict) and "kind" not in value else value
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:

@@ -51,11 +51,11 @@ def _train_tokenizer(captions: list[str], vocabulary: int) -> PreTrainedTokenize
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocabulary, len(alphabet) + 3),  # type: ignore[call-arg]
+        vocab_size=max(vocabulary, len(alphabet) + 3),
         special_tokens=[PAD, START, END],
         initial_alphabet=alphabet,
         show_progress=False,

@@ -34,5 +34,5 @@ def tune(module: nn.Module, tuning: Tuning, targets: list[str] | None) -> None:
 def _add_lora(module: nn.Module, tuning: LoRA, targets: list[str] | None) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout, target_modules=targets)  # type: ignore[arg-type]
+    config = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout, target_modules=targets)
     inject_adapter_in_model(config, module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def measure_share(config: Config, rounds: int = 3) -> Share:
     The layer is frozen and passes gradients through, as under LoRA, whose own products are left out.
     """
     batch = config.train.batch_size
-    encoder = load_audio_encoder(config.audio).train()
+    encoder = load_audio_encoder(replace(config.audio, checkpoint=None)).train()
     tune(encoder, config.audio.tuning, ENCODER_TARGETS)
     waveform, num_samples = torch.randn(batch, SAMPLES) * 0.1, torch.full((batch,), SAMPLES)
     audio = torch.randn(batch, 64, encoder.width, requires_grad=True)

@@ -51,7 +51,7 @@ def encode_text(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def _labels(tokenizer: PreTrainedTokenizerBase, before: Sequence[str], captions: Sequence[str]) -> Tensor:

@@ -79,7 +79,8 @@ def _print_fused(config: Config, width: int, step: StepBudget) -> None:
 def _print_runs(config: Config, runs: list[RunBudget], assumed: Assumptions) -> None:
     print(
         f"\n{config.train.epochs:g} epochs of {assumed.clips:,} clips, data parallel, assuming {assumed.peak_tflops:g} "
-        f"TFLOP/s, {100 * assumed.utilisation:g} % of it reached, {assumed.operation_us:g} us an operation, {assumed.price_per_hour:g} USD a GPU hour:"
+        f"TFLOP/s, {100 * assumed.utilisation:g} % of it reached, {assumed.operation_us:g} us an operation, "
+        f"{assumed.price_per_hour:g} USD a GPU hour:"
     )
     print(f"{'GPUs':>4} {'memory a GPU':>13} {'steps':>10} {'a step':>9} {'hours':>7} {'GPU hours':>10} {'USD':>7}")
     for r in runs:
