@@ -56,7 +56,7 @@ def test_sets_that_cannot_be_used(tmp_path: Path) -> None:
         PreparedDataset(tmp_path, "val")
     with open_split(tmp_path / "empty", settings(0, 2)):
         pass
-    with pytest.raises(ValueError, match="holds no clip; manifest.csv there says why"):
+    with pytest.raises(ValueError, match=r"holds no clip; manifest\.csv there says why"):
         PreparedDataset(tmp_path, "empty")
     write_split(tmp_path, "train", 4, clips_per_shard=2)
     manifest = tmp_path / "train" / MANIFEST

@@ -128,7 +128,7 @@ def test_after_sigkill(
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert content(tmp_path) != uninterrupted
-    with pytest.raises(ValueError, match="unfinished, [1-5] of 6 clips: run the same 'lavcap prepare' again"):
+    with pytest.raises(ValueError, match=r"unfinished, [1-5] of 6 clips: run the same 'lavcap prepare' again"):
         PreparedDataset(tmp_path, "train")
     prepare(job(media, tmp_path), MEAN_COLOURS, workers=0)
     assert content(tmp_path) == uninterrupted

@@ -70,7 +70,7 @@ def test_ranks_share_an_epoch(folder: Path, all_ids: list[str], world_size: int)
         for rank in range(world_size)
     ]
     read = [ids_of(rank) for rank in ranks]
-    assert sorted(sum(read, [])) == all_ids
+    assert sorted(clip_id for ids in read for clip_id in ids) == all_ids
     assert [len(ids) for ids in read] == [rank.num_clips for rank in ranks]
     assert max(map(len, read)) - min(map(len, read)) <= 1
 
