@@ -33,6 +33,13 @@ def tune(module: nn.Module, tuning: Tuning, targets: list[str] | None) -> None:
 
 def _add_lora(module: nn.Module, tuning: LoRA, targets: list[str] | None) -> None:
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
-    config = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout, target_modules=targets)
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),  # GPT-2 keeps weights transposed
+    )
     inject_adapter_in_model(config, module)

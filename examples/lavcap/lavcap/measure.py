@@ -57,6 +57,8 @@ def measure_share(config: Config, rounds: int = 3) -> Share:
     length = 64 + FRAMES + sum(PROMPT_TOKENS) + CAPTION_TOKENS
     hidden = torch.randn(batch, length, width, requires_grad=True)
 
+    _check_fused(fuse, audio.detach(), visual)
+
     def fused_step() -> None:
         out = fuse(audio, visual)
         (out.tokens.square().mean() + out.loss).backward()
@@ -68,6 +70,13 @@ def measure_share(config: Config, rounds: int = 3) -> Share:
         num_layers,
         batch,
     )
+
+
+def _check_fused(fuse: otfuse.nn.OTFusion, audio: torch.Tensor, visual: torch.Tensor) -> None:
+    """A wrong answer is not worth timing: it must be the specification's, in float64."""
+    exact = otfuse.nn.OTFusion(fuse.attention.epsilon, num_iters=fuse.attention.num_iters, backend="torch")
+    for got, expected in zip(fuse(audio, visual), exact(audio.double(), visual.double())):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def _decoder_layer(config: Config) -> tuple[Callable[[torch.Tensor], torch.Tensor], int, int]:

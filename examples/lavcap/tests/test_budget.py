@@ -25,7 +25,7 @@ LLAMA_2_7B = 6_738_415_616
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_language_model_a_kind():  # noqa: ANN202
+def _one_language_model_a_kind():
     """Thirty-two layers take seconds to build, on the meta device too: those of one kind are built once."""
     patch = pytest.MonkeyPatch()
     patch.setattr(captioner_module, "skeleton_language_model", cache(_skeleton))
@@ -34,7 +34,7 @@ def _one_language_model_a_kind():  # noqa: ANN202
     patch.undo()
 
 
-def _skeleton(config):  # noqa: ANN001, ANN202
+def _skeleton(config):
     return skeleton_language_model(config)
 
 
@@ -42,7 +42,7 @@ _tuned: set[int] = set()
 _tune = captioner_module.tune
 
 
-def _tune_once(module, tuning, targets) -> None:  # noqa: ANN001
+def _tune_once(module, tuning, targets) -> None:
     if targets is None:
         if id(module) in _tuned:
             return

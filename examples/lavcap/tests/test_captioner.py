@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from lavcap.config import (
     KaldiFrontEnd,
     LoRA,
     LossConfig,
+    Precision,
+    PretrainedLanguage,
     PromptSet,
     RandomCLIP,
     RandomLlama,
@@ -252,6 +255,31 @@ def _state_after_loading(seed: int, tokenizer: Any) -> Tensor:
     torch.manual_seed(seed)
     load_captioner(config(), tokenizer)
     return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM", "OPTForCausalLM"])
+def test_any_causal_language_model_of_a_folder(tokenizer: Any, architecture: str, tmp_path: Path) -> None:
+    """Loaded by AutoModelForCausalLM and AutoTokenizer, LoRA where peft puts it; a batch is still its clips."""
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
+    if architecture.startswith("OPT"):
+        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
+    if architecture[0] in "LQ":
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2}
+    cls(cls.config_class(**sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    language = PretrainedLanguage(str(tmp_path), Precision.FLOAT32, LORA)
+    model = load_captioner(config(language=language), build_tokenizer(language)).eval()
+    assert type(model.language) is cls
+    assert any("lora_A" in name and name.startswith("language") for name in model.trained_state())
+    together = model(**batch(tokenizer)).ce_loss
+    alone = [model(**batch(tokenizer, clips=one(clip))).ce_loss for clip in range(3)]
+    torch.testing.assert_close(together, sum(alone) / 3, rtol=1e-4, atol=1e-4)
+    settings = GenerationConfig(beams=2, max_new_tokens=4)
+    written = [model.generate(**batch(tokenizer, clips=one(clip)), generation=settings)[0] for clip in range(3)]
+    assert model.generate(**batch(tokenizer), generation=settings) == written
 
 
 def test_pieces_for_other_prompts_are_refused(captioner: Captioner, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""The two spectrograms against published formulae in float64, against Kaldi's own code, and against themselves alone."""
+"""The two spectrograms against published formulae in float64, Kaldi's own code, and each clip alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def kaldi_float64(x: np.ndarray) -> np.ndarray:
         for k in range(256):
             position = (mel(k * 16000 / 512) - centres[0]) / (centres[1] - centres[0])
             for m in (int(position) - 1, int(position)):  # the bin lies on one triangle's fall and the next one's rise
-                if 0 <= m < 64 and 0 < position:
+                if 0 <= m < 64 and position > 0:
                     column[m] += power[k] * (1 - abs(position - (m + 1)))
         columns.append(np.log(np.maximum(column, np.finfo(np.float32).eps)))
     return (np.array(columns).T + 4.346) / 4.332

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import otfuse
 import pytest
 import torch
 from lavcap.config import (
@@ -25,6 +24,8 @@ from lavcap.config import (
 )
 from lavcap.fusion import FusionOutput, build_fusion
 from torch import Tensor
+
+import otfuse
 
 TORCH = SolverConfig(backend="torch")
 KINDS = [Concatenation(), OTAtt(), QFormer(5, heads=2), JointEncoder(heads=2), CrossAttention(heads=2)]

@@ -12,7 +12,7 @@ CAPTIONS = ["A dog barks while rain falls", "An engine hums — loudly"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return build_tokenizer(RandomLlama(vocabulary=400), CAPTIONS, tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -39,7 +39,7 @@ def test_the_set_for_training_has_eight_wordings_of_one_shape() -> None:
     assert training_prompts(PromptSet.III) == (PROMPT_III,)
 
 
-def test_prompts_are_padded_on_the_left_and_captions_end(tokenizer) -> None:  # noqa: ANN001
+def test_prompts_are_padded_on_the_left_and_captions_end(tokenizer) -> None:
     batch = encode_text(tokenizer, [WORDINGS[0], WORDINGS[2]], CAPTIONS)
     for row, prompt in enumerate((WORDINGS[0], WORDINGS[2])):
         pieces = [ids[row][mask[row]].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_masks"])]
@@ -53,7 +53,7 @@ def test_prompts_are_padded_on_the_left_and_captions_end(tokenizer) -> None:  # 
     assert not batch["prompt_masks"][1].all() and (batch["labels"] == IGNORED).any()
 
 
-def test_errors(tokenizer) -> None:  # noqa: ANN001
+def test_errors(tokenizer) -> None:
     with pytest.raises(ValueError, match="one batch holds prompts with the same slots"):
         encode_text(tokenizer, [PROMPT_I, PROMPT_III], None)
     with pytest.raises(ValueError, match="2 prompts need as many captions; got 1"):
@@ -62,7 +62,7 @@ def test_errors(tokenizer) -> None:  # noqa: ANN001
         build_tokenizer(RandomLlama())
 
 
-def test_a_trained_tokenizer_is_found_again(tmp_path) -> None:  # noqa: ANN001
+def test_a_trained_tokenizer_is_found_again(tmp_path) -> None:
     first = build_tokenizer(RandomLlama(), CAPTIONS, tmp_path)
     again = build_tokenizer(RandomLlama(), ["other words altogether"], tmp_path)
     assert again.get_vocab() == first.get_vocab()

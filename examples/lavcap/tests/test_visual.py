@@ -64,7 +64,7 @@ def test_a_folder_loads_like_a_published_model(tmp_path: Path) -> None:
     loaded = build_visual_encoder(PretrainedCLIP(str(tmp_path), projection=64))
     assert loaded.clip.dtype == torch.bfloat16
     torch.testing.assert_close(loaded.encode(pixels), saved.encode(pixels), rtol=0.05, atol=0.05)
-    with pytest.raises(ValueError, match="set visual.projection=64"):
+    with pytest.raises(ValueError, match=r"set visual\.projection=64"):
         build_visual_encoder(PretrainedCLIP(str(tmp_path)))
 
 
