@@ -124,7 +124,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "clips": args.clips,
-        "clip": f"{args.seconds} s of float32 sound at {SAMPLE_RATE} Hz, {FRAMES} x {WIDTH} bfloat16 features, 5 captions",
+        "clip": f"{args.seconds} s of float32 sound at {SAMPLE_RATE} Hz, {FRAMES} x {WIDTH} features in bfloat16",
         "workers": args.workers,
         "step_seconds": args.step,
         "repeats": args.repeats,

@@ -220,7 +220,7 @@ def test_spice_says_what_is_missing(scores: Scores, monkeypatch: pytest.MonkeyPa
 
 @needs_java
 def test_spice_and_spider_where_they_can_run(scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for pycocoevalcap's Spice, whose models cannot be had everywhere; it sorts the ids, as that does."""
+    """With a stand-in for pycocoevalcap's Spice, which needs CoreNLP's models; it sorts the ids, as that does."""
     f_scores = {"a_1": 0.5, "b_2": 1.0, "c_3": 0.25, "d_4": 0.0, "e_5": 0.0}
 
     class Spice:
