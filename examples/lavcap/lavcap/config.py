@@ -68,6 +68,7 @@ class CEDFrontEnd:
 
     kind: ClassVar[str] = "ced"
     batch_norm: BatchNorm = BatchNorm.FROZEN
+    momentum: float = 0.01  # of adapting statistics; CED's own
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class KaldiFrontEnd:
 
     kind: ClassVar[str] = "kaldi"
     batch_norm: BatchNorm = BatchNorm.ADAPT
+    momentum: float = 0.01
     padding: KaldiPadding = KaldiPadding.MASKED
 
 

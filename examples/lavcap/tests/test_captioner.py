@@ -93,6 +93,14 @@ def test_a_batch_is_its_clips(tokenizer: Any, prompts: PromptSet) -> None:
     torch.testing.assert_close(together.loss, together.ce_loss + together.ot_loss)
 
 
+def test_a_batch_is_its_clips_without_pooling_over_frequency(tokenizer: Any) -> None:
+    audio = AudioConfig(CEDSize.NANO, pool_frequency=False, tuning=LORA, spec_augment=None)
+    model = load_captioner(config(audio=audio), tokenizer).eval()
+    together = model(**batch(tokenizer)).loss
+    alone = [model(**batch(tokenizer, clips=one(clip))).loss for clip in range(3)]
+    torch.testing.assert_close(together, sum(alone) / 3, rtol=1e-4, atol=1e-4)
+
+
 def test_the_language_model_sees_prompt_tokens_and_caption_in_this_order(tokenizer: Any) -> None:
     """Prompt III of one clip, put together by hand."""
     model = load_captioner(config(prompts=PromptSet.III), tokenizer).eval()
@@ -147,7 +155,7 @@ def test_without_labels_it_gives_the_first_tokens_logits(captioner: Captioner, t
 
 
 def test_it_learns_and_every_caption_ends_where_its_own_ends(tokenizer: Any) -> None:
-    audio = AudioConfig(CEDSize.NANO, front_end=CEDFrontEnd(BatchNorm.ADAPT), tuning=LORA, spec_augment=None)
+    audio = AudioConfig(CEDSize.NANO, front_end=CEDFrontEnd(BatchNorm.ADAPT, 0.1), tuning=LORA, spec_augment=None)
     model = load_captioner(config(audio=audio), tokenizer).train()
     inputs = batch(tokenizer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 4e-3)

@@ -168,7 +168,7 @@ def test_padding_does_not_reach_a_clip() -> None:
 
 @pytest.mark.parametrize("statistics", list(BatchNorm))
 def test_frozen_statistics_stay_under_train(statistics: BatchNorm) -> None:
-    norm = MelBatchNorm(64, statistics).train()
+    norm = MelBatchNorm(64, statistics, 0.1).train()
     mel, own = 3 + 2 * torch.randn(8, 64, 100), torch.ones(8, 100, dtype=torch.bool)
     own[:, 50:] = False
     mel[:, :, 50:] = 1e3  # padding

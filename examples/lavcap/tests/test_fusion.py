@@ -139,6 +139,24 @@ def test_the_three_forms_of_the_loss(loss: str) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_which_forms_of_the_loss_have_a_signal() -> None:
+    """At the paper's sizes: as printed it stays at chance; log_plan with contrast similarity is hundreds of times CE."""
+    torch.manual_seed(0)
+    audio, visual = torch.randn(8, 64, 768, requires_grad=True), torch.randn(8, 20, 768)
+    masks = torch.ones(8, 64, dtype=torch.bool), torch.ones(8, 20, dtype=torch.bool)
+    figures = {}
+    for name, loss in (LOSSES | {"log, similarity": LossConfig(assignment=Assignment.LOG_PLAN)}).items():
+        value = build(OTAtt(), loss)(audio, masks[0], visual, masks[1]).loss
+        (gradient,) = torch.autograd.grad(value, audio)
+        figures[name] = value.item(), (gradient.norm() * audio.norm()).item()
+    chance = math.log(64) + math.log(20)
+    assert figures["as printed"][0] / 8 == pytest.approx(64 * math.log(64) + 20 * math.log(20), rel=3e-3)
+    assert figures["paper"][0] < chance - 0.3 and figures["public code"][0] < chance - 2
+    assert figures["log, similarity"][0] > 10 * chance
+    assert figures["as printed"][1] / figures["as printed"][0] < figures["paper"][1] / figures["paper"][0] / 30
+    assert figures["log, similarity"][1] > 100 * figures["public code"][1]
+
+
 @pytest.mark.parametrize("kind", [OTAtt(), Concatenation()], ids=["ot_att", "concatenation"])
 def test_a_learned_temperature_starts_as_the_fixed_one_and_gets_a_gradient(kind: object) -> None:
     inputs = tokens((4, 4))

@@ -48,9 +48,10 @@ class MelBatchNorm(nn.BatchNorm1d):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, num_mels: int, statistics: BatchNorm) -> None:
-        super().__init__(num_mels)
+    def __init__(self, num_mels: int, statistics: BatchNorm, momentum: float) -> None:
+        super().__init__(num_mels, momentum=momentum)
         self.statistics = statistics
+        self.pace = momentum
 
     def forward(self, mel: Tensor, own: Tensor) -> Tensor:  # type: ignore[override]
         """mel [B, K, F]; own [B, F]: the frames that count."""
@@ -62,8 +63,8 @@ class MelBatchNorm(nn.BatchNorm1d):
         var = ((mel - mean[:, None]).square() * weight).sum((0, 2)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum or 0.1)
-            self.running_var.lerp_(var * count / (count - 1).clamp_min(1), self.momentum or 0.1)
+            self.running_mean.lerp_(mean, self.pace)
+            self.running_var.lerp_(var * count / (count - 1).clamp_min(1), self.pace)
         return self._scale(mel, mean, var)
 
     def _scale(self, mel: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -135,16 +136,23 @@ class CED(nn.Module):
     Args:
         shape: width, depth and heads.
         max_patches: length of the position embedding along time: 63 in the checkpoints, 64 for LAVCap's front end.
-        batch_norm: what the statistics of the batch norm do while training.
+        batch_norm, momentum: what the statistics of the batch norm do while training, and how fast.
         pool_frequency: average the four tokens of a moment.
     """
 
-    def __init__(self, shape: CEDShape, max_patches: int, batch_norm: BatchNorm, pool_frequency: bool = True) -> None:
+    def __init__(
+        self,
+        shape: CEDShape,
+        max_patches: int,
+        batch_norm: BatchNorm,
+        pool_frequency: bool = True,
+        momentum: float = 0.01,
+    ) -> None:
         super().__init__()
         self.width = shape.width
         self.pool_frequency = pool_frequency
         self.gradient_checkpointing = False
-        self.init_bn = MelBatchNorm(NUM_MELS, batch_norm)
+        self.init_bn = MelBatchNorm(NUM_MELS, batch_norm, momentum)
         self.patch_embed = PatchEmbed(shape.width)
         self.time_pos_embed = nn.Parameter(torch.empty(1, shape.width, 1, max_patches).normal_(std=0.02))
         self.freq_pos_embed = nn.Parameter(torch.empty(1, shape.width, NUM_ROWS, 1).normal_(std=0.02))

@@ -20,8 +20,13 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.front_end = build_front_end(config.front_end)
+        settings = config.front_end
         self.ced = CED(
-            SHAPES[config.size], self.front_end.max_patches, config.front_end.batch_norm, config.pool_frequency
+            SHAPES[config.size],
+            self.front_end.max_patches,
+            settings.batch_norm,
+            config.pool_frequency,
+            settings.momentum,
         )
 
     @property
