@@ -44,7 +44,7 @@ def make_set(folder: Path, num_clips: int, seconds: int) -> None:
 
 
 def make_loader(kind: str, folder: Path, batch_size: int, workers: int) -> DataLoader[Any]:
-    clips: Any = ShardedDataset(str(folder), "train") if kind == "stream" else PreparedDataset(folder, "train")
+    clips: Any = ShardedDataset(folder, "train") if kind == "stream" else PreparedDataset(folder, "train")
     return DataLoader(
         clips,
         batch_size,

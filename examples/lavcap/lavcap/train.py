@@ -127,9 +127,9 @@ def engine_arguments(config: Config) -> TrainingArguments:
 def open_sets(config: Config) -> tuple[PreparedDataset, PreparedDataset]:
     """Training and validation set, from one picture encoder, no video in both (unless they are one split by name)."""
     data = config.data
-    check_disjoint(Path(data.folder))
     clips = PreparedDataset(data.folder, data.train_split)
     validation = PreparedDataset(data.folder, data.validation_split)
+    check_disjoint({data.train_split: clips.clip_ids, data.validation_split: validation.clip_ids})
     for prepared in (clips, validation):
         prepared.check_visual(visual_fingerprint(config.visual))
     if data.train_split == data.validation_split:

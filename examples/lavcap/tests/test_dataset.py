@@ -52,7 +52,7 @@ def test_batches_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_sets_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no prepared split 'val'"):
+    with pytest.raises(FileNotFoundError, match=r"no prepared split .*/val: make it with"):
         PreparedDataset(tmp_path, "val")
     with open_split(tmp_path / "empty", settings(0, 2)):
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,20 +67,22 @@ def prepare(job: Job, features: PictureFeatures, workers: int = 2) -> list[Line]
         ValueError: a caption file, an id or a folder that cannot be used, or clips that are in another split too.
         FileNotFoundError: no such folder or file.
     """
-    candidates = plan(job)
-    others = _other_splits(job)
-    _check_new_to(others, job.split, (clip.clip_id for clip in candidates if isinstance(clip.source, Path)))
-    with open_split(job.folder / job.split, _settings(job, len(candidates), features.fingerprint)) as writer:
-        rest = candidates[len(writer.lines) :]
+    named, strangers = plan(job)
+    wanted = [clip.clip_id for clip in named if isinstance(clip.source, Path)]
+    others = {split: clip_ids for split, clip_ids in _kept_ids(job.folder).items() if split != job.split}
+    check_disjoint(others | {job.split: wanted})
+    with open_split(job.folder / job.split, _settings(job, len(named), features.fingerprint)) as writer:
+        done = {line.clip_id for line in writer.lines}
+        rest = [clip for clip in named + strangers if clip.clip_id not in done]
         decoded = _decode_in_order(rest, features.image_size, workers)
-        bar = tqdm(zip(rest, decoded), desc=job.split, unit="clip", total=len(candidates), initial=len(writer.lines))
-        for clip, found in bar:
+        total = len(done) + len(rest)
+        for clip, found in tqdm(zip(rest, decoded), desc=job.split, unit="clip", total=total, initial=len(done)):
             if isinstance(found, Dropped):
                 writer.drop(clip.clip_id, found)
             else:
                 visual = features.encode(torch.from_numpy(found.pictures))
                 writer.keep(clip.clip_id, clip.captions, torch.from_numpy(found.waveform), visual)
-    check_disjoint(job.folder)
+    check_disjoint(_kept_ids(job.folder))  # again: two splits may have been prepared at the same time
     return writer.lines
 
 
@@ -92,45 +94,42 @@ def summarise(lines: Sequence[Line]) -> str:
     return f"{kept} clips kept of {len(lines)}; dropped: {dropped}"
 
 
-def plan(job: Job) -> list[Candidate]:
-    """Every clip of the caption file in its order, then ids and media files that it does not name."""
+def plan(job: Job) -> tuple[list[Candidate], list[Candidate]]:
+    """Every clip of the caption file in its order, then ids that it does not name; and media files that it does not.
+
+    The first list is the same whenever a preparation goes on; files of other splits may have come by then.
+    """
     captions = read_captions(job.captions)
     files = _media_files(job.media)
     ids = None if job.ids is None else read_ids(job.ids)
-    planned = [Candidate(clip_id, texts, _source(clip_id, texts, files, ids)) for clip_id, texts in captions.items()]
+    named = [Candidate(clip_id, texts, _source(clip_id, texts, files, ids)) for clip_id, texts in captions.items()]
     known = captions.keys() | {youtube_id(clip_id) for clip_id in captions}
     unnamed = Dropped(Reason.NO_CAPTION, f"no line of {job.captions.name} names it")
-    strangers = sorted((files.keys() - captions.keys()) | ((ids or frozenset()) - known))
-    return planned + [Candidate(name, (), unnamed) for name in strangers]
+    unknown_ids = sorted((ids or frozenset()) - known)
+    strangers = sorted(files.keys() - captions.keys() - set(unknown_ids))
+    without = [[Candidate(name, (), unnamed) for name in names] for names in (unknown_ids, strangers)]
+    return named + without[0], without[1]
 
 
-def check_disjoint(folder: Path) -> None:
-    """Raise ``ValueError`` if two splits of a prepared set hold the same clip or two clips of one video."""
+def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
+    """Raise ``ValueError`` if two splits, given as clip ids by name, hold the same clip or two clips of one video."""
     owner: dict[str, str] = {}
-    for split, lines in _splits(folder).items():
-        _check_new_to(owner, split, (line.clip_id for line in lines if line.kept))
-        owner |= {youtube_id(line.clip_id): split for line in lines if line.kept}
+    for split, clip_ids in splits.items():
+        videos = {youtube_id(clip_id): clip_id for clip_id in clip_ids}
+        shared = sorted(videos.keys() & owner.keys())
+        if shared:
+            examples = ", ".join(f"{videos[video]} (in {owner[video]})" for video in shared[:3])
+            raise ValueError(
+                f"{len(shared)} videos of split '{split}' are in another split too: {examples}. Training, validation "
+                "and test must be different sets: take them out of one caption file, or prepare into another folder"
+            )
+        owner |= dict.fromkeys(videos, split)
 
 
-def _splits(folder: Path) -> dict[str, list[Line]]:
-    return {path.parent.name: read_manifest(path.parent) for path in sorted(folder.glob("*/manifest.csv"))}
-
-
-def _other_splits(job: Job) -> dict[str, str]:
-    """Split of each video that another split of this folder holds."""
-    splits = {name: lines for name, lines in _splits(job.folder).items() if name != job.split}
-    return {youtube_id(line.clip_id): name for name, lines in splits.items() for line in lines if line.kept}
-
-
-def _check_new_to(owner: dict[str, str], split: str, clip_ids: Iterator[str]) -> None:
-    shared = [(clip_id, owner[youtube_id(clip_id)]) for clip_id in clip_ids if youtube_id(clip_id) in owner]
-    if shared:
-        examples = ", ".join(f"{clip_id} (in {other})" for clip_id, other in shared[:3])
-        raise ValueError(
-            f"{len(shared)} clips of split '{split}' are of videos that another split of this folder holds: "
-            f"{examples}. Training, validation and test must be different sets: take them out of one caption file, or "
-            "prepare into another folder"
-        )
+def _kept_ids(folder: Path) -> dict[str, list[str]]:
+    """Of every split of a prepared set that was begun: the clips that it holds."""
+    folders = [path.parent for path in sorted(folder.glob("*/manifest.csv"))]
+    return {split.name: [line.clip_id for line in read_manifest(split) if line.kept] for split in folders}
 
 
 def _media_files(folder: Path) -> dict[str, Path]:

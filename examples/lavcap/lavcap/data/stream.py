@@ -1,4 +1,4 @@
-"""A prepared split as a stream of WebDataset shards, from disk or from anything webdataset opens (http:, gs:, pipe:).
+"""A prepared split as a stream of WebDataset shards, read from front to back, from disk or any URL that fsspec reads.
 
 The shards of an epoch, in an order drawn from seed and epoch, form one sequence of clips. Each consumer (a data loader
 process of a rank) reads its own stretch of it: stretches meet without a gap or an overlap and differ in length by one
@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
+import fsspec
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import gopen
 
-from lavcap.data.dataset import kept_clips
+from lavcap.data.dataset import read_split, split_location
 from lavcap.data.sample import Sample
-from lavcap.data.shards import MANIFEST, SETTINGS, read_samples
+from lavcap.data.shards import read_samples
 
 T = TypeVar("T")
 
@@ -30,8 +31,7 @@ class ShardedDataset(IterableDataset[Sample]):
     """The clips of a split for one rank, streamed.
 
     Args:
-        location: the prepared folder: a path, a URL to which ``/<split>/<file>`` is appended, or one with ``{}`` where
-            ``<split>/<file>`` goes (``pipe:aws s3 cp s3://bucket/prepared/{} -``).
+        folder: the prepared set, a path or a URL.
         split: its name.
         seed: of the order.
         rank, world_size: which of how many processes this is. Each gets as many clips as the others, or one less.
@@ -41,7 +41,7 @@ class ShardedDataset(IterableDataset[Sample]):
 
     def __init__(
         self,
-        location: str,
+        folder: str | Path,
         split: str,
         *,
         seed: int = 0,
@@ -54,12 +54,12 @@ class ShardedDataset(IterableDataset[Sample]):
             raise ValueError(f"rank must be from 0 to world_size - 1, got rank {rank} of {world_size}")
         if buffer < 1:
             raise ValueError(f"buffer must hold at least one clip, got {buffer}")
-        self._pattern = location if "{}" in location else f"{location.rstrip('/')}/{{}}"
-        self._split, self._seed, self._rank, self._world_size = split, seed, rank, world_size
+        self.location = split_location(folder, split)
+        self._seed, self._rank, self._world_size = seed, rank, world_size
         self._buffer = buffer if shuffle else 1
         self._shuffle = shuffle
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # set_epoch reaches workers that live on
-        self.settings, lines = kept_clips(self._text(SETTINGS), self._text(MANIFEST), self._url(""))
+        self.settings, lines = read_split(self.location)
         self._shards = sorted(Counter(line.shard for line in lines).items())
         self.total_clips = len(lines)
 
@@ -96,22 +96,16 @@ class ShardedDataset(IterableDataset[Sample]):
 
     def _read_shard(self, shard: str, skipped: int, wanted: int) -> Iterator[Sample]:
         found = 0
-        with gopen(self._url(shard)) as stream, suppress(tarfile.ReadError):  # a member cut off: told below
+        # A member that is cut off is told of below.
+        with fsspec.open(f"{self.location}/{shard}", "rb") as stream, suppress(tarfile.ReadError):
             for sample in islice(read_samples(stream), skipped, wanted):
                 found += 1
                 yield sample
         if found < wanted - skipped:
             raise ValueError(
-                f"{self._url(shard)} ends after {skipped + found} clips, and the manifest says that it holds more: "
-                "copy it again"
+                f"{self.location}/{shard} ends after {skipped + found} clips, and the manifest says that it holds "
+                "more: copy it again"
             )
-
-    def _url(self, file: str) -> str:
-        return self._pattern.replace("{}", f"{self._split}/{file}")
-
-    def _text(self, file: str) -> str:
-        with gopen(self._url(file)) as stream:
-            return bytes(stream.read()).decode("utf-8")
 
 
 def _stretch(total: int, part: int, parts: int) -> tuple[int, int]:
