@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,18 @@ def test_features_of_another_encoder_are_refused(tmp_path: Path) -> None:
     clips.check_visual("constants")
     with pytest.raises(ValueError, match="were made by constants, the config says CLIP"):
         clips.check_visual("CLIP")
+
+
+def test_training_refuses_splits_that_share_a_video(tmp_path: Path) -> None:
+    from lavcap.config import DataConfig
+    from lavcap.train import open_sets
+    from lavcap.visual import visual_fingerprint
+    from small import small_config
+
+    config = replace(small_config(tmp_path), data=DataConfig(folder=str(tmp_path)))
+    same = settings(1, 1) | {"visual": visual_fingerprint(config.visual)}
+    for split, clip_id in (("train", "video_0"), ("val", "video_30")):
+        with open_split(tmp_path / split, same) as writer:
+            writer.keep(clip_id, ("a dog",), torch.zeros(8000), torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"1 videos of split 'val' are in another split too: video_30 \(in train\)"):
+        open_sets(config)
