@@ -10,6 +10,7 @@ import torch
 
 from lavcap.config import PretrainedLanguage, RandomLlama
 from lavcap.prompts import PROMPT_II, PROMPT_III, WORDINGS
+from lavcap.precision import loaded_as
 from lavcap.published import published_config
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def build_language_model(
 
     dtype = getattr(torch, config.precision.value)
     if isinstance(config, PretrainedLanguage):
-        return AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(config.name, **loaded_as(dtype))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return LlamaForCausalLM(_random_llama_config(config, tokenizer)).to(dtype)

@@ -1,4 +1,4 @@
-"""Where autocast must not reach."""
+"""Where autocast must not reach, and how transformers is told a dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+import transformers
+from packaging.version import Version
+
+
+def loaded_as(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The option of ``from_pretrained`` for a dtype, which transformers 4.56 renamed; Gaudi's Trainer wants an older."""
+    renamed = Version(transformers.__version__) >= Version("4.56")
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

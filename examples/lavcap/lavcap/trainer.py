@@ -56,8 +56,8 @@ class Captioning:
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        super().__init__(data_collator=collate, **options)
+        self.config = config
+        super().__init__(data_collator=collate, processing_class=tokenizer, **options)
         self.model_accepts_loss_kwargs = True  # the Trainer then leaves the averaging to compute_loss
         self._parts = torch.zeros(2)  # cross-entropy and OT loss, added up since the log's last line
         self._updates = 0  # since then
@@ -77,7 +77,7 @@ class Captioning:
         """A model batch: each clip with a prompt and one of its captions, drawn by seed, step and clip."""
         prompts, seed = training_prompts(self.config.prompts), self.config.train.seed
         return as_model_batch(
-            self.tokenizer,
+            self.processing_class,
             raw,
             [prompts[draw(len(prompts), seed, step, f"prompt {clip}")] for clip in raw.clip_ids],
             [caps[draw(len(caps), seed, step, clip)] for clip, caps in zip(raw.clip_ids, raw.captions)],
@@ -147,7 +147,7 @@ class Captioning:
         for turn in range(int(self.accelerator.gather(counts).max())):
             captions = [captions[turn % len(captions)] for captions in raw.captions]
             prompts = [test_prompt(self.config.prompts)] * len(captions)
-            batch = self._prepare_inputs(as_model_batch(self.tokenizer, raw, prompts, captions))
+            batch = self._prepare_inputs(as_model_batch(self.processing_class, raw, prompts, captions))
             losses += caption_losses(self.model(**batch).logits, batch["labels"]) * (turn < counts)
         return losses / counts
 
@@ -158,7 +158,7 @@ class Captioning:
         if not samples:
             return
         raw = collate(samples)
-        batch = as_model_batch(self.tokenizer, raw, [test_prompt(self.config.prompts)] * len(samples), None)
+        batch = as_model_batch(self.processing_class, raw, [test_prompt(self.config.prompts)] * len(samples), None)
         with torch.no_grad(), self.accelerator.autocast():
             captions = self.model.generate(**self._prepare_inputs(batch), generation=self.config.generation)
         if not self.is_world_process_zero():
@@ -186,7 +186,7 @@ class Captioning:
         self._save_rng_state(str(unfinished))
         if self.is_world_process_zero():
             save_config(self.config, unfinished / checkpoint.CONFIG)
-            self.tokenizer.save_pretrained(unfinished / checkpoint.TOKENIZER)
+            self.processing_class.save_pretrained(unfinished / checkpoint.TOKENIZER)
             self.state.save_to_json(os.fspath(unfinished / checkpoint.RECORD))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavcap.config import PretrainedCLIP, RandomCLIP
+from lavcap.precision import loaded_as
 from lavcap.published import published_config
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def build_visual_encoder(config: PretrainedCLIP | RandomCLIP) -> VisualEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return VisualEncoder(CLIPVisionModelWithProjection(clip_config(config)).to(dtype))
-    encoder = VisualEncoder(CLIPVisionModelWithProjection.from_pretrained(config.name, dtype=dtype))
+    encoder = VisualEncoder(CLIPVisionModelWithProjection.from_pretrained(config.name, **loaded_as(dtype)))
     if encoder.width != config.projection:
         raise ValueError(
             f"{config.name} projects to {encoder.width} features, the config says {config.projection}: "

@@ -87,7 +87,7 @@ def test_draws_depend_on_seed_step_and_clip_alone(tmp_path: Path) -> None:
 
 def test_a_clip_gets_the_same_words_in_any_batch(tmp_path: Path) -> None:
     trainer, clips = small_trainer(small_config(tmp_path)), Clips(6)
-    words = trainer.tokenizer.decode
+    words = trainer.processing_class.decode
 
     def texts(batch: dict, item: int) -> list[str]:
         pieces = [ids[item][mask[item]] for ids, mask in zip(batch["prompt_ids"], batch["prompt_masks"])]
@@ -155,7 +155,7 @@ def test_validation_counts_every_caption_and_clip_once(tmp_path: Path) -> None:
     for sample in trainer.eval_dataset:
         own = []
         for caption in sample.captions:
-            batch = as_model_batch(trainer.tokenizer, collate([sample]), [prompt], [caption])
+            batch = as_model_batch(trainer.processing_class, collate([sample]), [prompt], [caption])
             with torch.no_grad():
                 own.append(trainer.model(**batch).ce_loss.item())
         expected.append(sum(own) / len(own))
