@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     assumed = budget.Assumptions(**{name: value for name, value in given.items() if value is not None})
     captioner = skeleton_captioner(config)
     _print_modules([*budget.module_budgets(captioner), *budget.frozen_parts(config)])
+    if config.train.gradient_checkpointing:
+        captioner.gradient_checkpointing_enable()
     step = budget.count_step(captioner, config.train.batch_size)
     _print_step(config, step)
     _print_fused(config, captioner.projector.in_features, step)
