@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,26 @@ def test_the_centre_of_the_picture_is_cut_out(tmp_path: Path) -> None:
     clip = decode(write_clip(tmp_path / "a.mkv", picture=framed), size=64)
     assert clip.pictures.shape[1:] == (64, 64, 3)
     assert clip.pictures[:, :, 4:-4].min() > 180  # the bars at left and right are gone
+
+
+def test_pictures_are_turned_as_the_file_asks(tmp_path: Path) -> None:
+    """Telephones store pictures as the sensor lies, and how to turn them: here by a quarter to the right."""
+
+    def corner(_: float) -> np.ndarray:
+        picture = grey(20, (64, 64))
+        picture[:32, :32] = 220  # at the upper left
+        return picture
+
+    path = write_clip(tmp_path / "a.mp4", picture=corner)
+    content = path.read_bytes()
+    as_it_is = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    turned = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    film, *tracks = content.split(as_it_is)
+    assert len(tracks) == 3  # behind the film's own and those of both tracks
+    path.write_bytes(film + as_it_is + turned.join(tracks))
+    clip = decode(path, size=64)
+    quarters = [clip.pictures[:, y : y + 24, x : x + 24].mean() for y in (4, 36) for x in (4, 36)]
+    assert np.abs(np.array(quarters) - [20, 220, 20, 20]).max() < 6  # at the upper right
 
 
 def test_same_file_same_bytes(tmp_path: Path) -> None:

@@ -102,10 +102,10 @@ def test_a_resample_is_scored_as_the_scorers_would(scores: Scores, meteor: Meteo
 
 def test_intervals_are_those_of_theory() -> None:
     """Of a mean of many independent values: ± 1.96 standard errors."""
-    values = np.random.default_rng(5).normal(0.4, 0.2, size=4000)
+    values = np.random.default_rng(5).normal(0.4, 0.2, size=1000)
     summands = np.stack([values, np.ones_like(values)], 1)
     metric = Metric("mean", float(values.mean()), values, summands, lambda sums: sums[..., 0] / sums[..., 1])
-    low, high = intervals([metric], resamples=4000, seed=1)["mean"]
+    low, high = intervals([metric], resamples=3000, seed=1)["mean"]
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
     assert intervals([metric], resamples=50, seed=1) == intervals([metric], resamples=50, seed=1)
@@ -204,6 +204,17 @@ def test_without_java_it_says_what_to_install(
     monkeypatch.setenv("PATH", "")
     assert main(["score", *map(str, files)]) == 2
     assert "apt-get install default-jre-headless" in capsys.readouterr().err
+
+
+def test_a_java_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'no memory left' >&2\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"METEOR's Java process ended: no memory left"), MeteorScorer() as dead:
+        dead.score({"a": ["x"]}, {"a": ["y"]})
+    with pytest.raises(RuntimeError, match=r"0 lines for 1 captions \(exit status 1\): no memory left"):
+        tokenise({"a": ["x"]})
 
 
 def test_spice_says_what_is_missing(scores: Scores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

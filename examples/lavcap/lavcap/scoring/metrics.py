@@ -8,7 +8,8 @@ score any resample without scoring captions again. Clips are in the order of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -87,9 +88,9 @@ def _bleu(hypotheses: Tokens, truths: Tokens) -> list[Metric]:
     ]
 
 
-def _bleu_summands(counts: dict[str, list[int]]) -> list[int]:
+def _bleu_summands(counts: Mapping[str, Any]) -> list[int]:
     """Matched n-grams, n-grams (four of each), length, and the length of the closest reference."""
-    length: int = counts["testlen"]  # type: ignore[assignment]
+    length = counts["testlen"]
     closest = min(counts["reflen"], key=lambda other: (abs(other - length), other))
     return [*counts["correct"], *counts["guess"], length, closest]
 
@@ -116,15 +117,20 @@ class MeteorScorer(Meteor):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.meteor_p.stdin.close()
+        self.meteor_p.kill()
+        with suppress(BrokenPipeError):  # what it was not sent does not matter any more
+            self.meteor_p.stdin.close()
         self.meteor_p.wait()
         self.meteor_p.stdout.close()
         self.meteor_p.stderr.close()
 
+    def __del__(self) -> None:
+        """Nothing: pycocoevalcap's would wait for ever for a lock that an error inside it leaves taken."""
+
     def score(self, hypotheses: Tokens, truths: Tokens) -> Metric:
         try:
             score, per_clip = self.compute_score(truths, {clip_id: hypotheses[clip_id] for clip_id in truths})
-        except (BrokenPipeError, ValueError) as error:
+        except (BrokenPipeError, ValueError) as error:  # no answer is no number
             self.meteor_p.kill()
             message = self.meteor_p.stderr.read().decode(errors="replace").strip()[-500:]
             raise RuntimeError(f"METEOR's Java process ended: {message or error}") from error
