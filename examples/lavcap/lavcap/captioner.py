@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from lavcap.audio.ced import MelBatchNorm
 from lavcap.audio.encoder import AudioEncoder, load_audio_encoder
-from lavcap.config import Average, BatchNorm, Config, GenerationConfig
+from lavcap.config import AudioOnly, Average, BatchNorm, Config, GenerationConfig, VisualOnly
 from lavcap.fusion import FusionOutput, build_fusion
 from lavcap.language import build_language_model, skeleton_language_model
 from lavcap.lora import ENCODER_TARGETS, tune
@@ -54,7 +54,7 @@ class Captioner(nn.Module):
         width = config.visual.projection if audio is None else audio.width
         self.fusion = build_fusion(config, width)
         self.audio = audio
-        same = config.visual.projection == width or not self.fusion.uses_visual
+        same = config.visual.projection == width or isinstance(config.fusion, AudioOnly)
         # The paper's encoders have one width; a smaller CED needs the picture brought to its own.
         self.visual_adapter = None if same else nn.Linear(config.visual.projection, width)
         self.projector = nn.Linear(width, language.config.hidden_size)
@@ -216,8 +216,7 @@ def load_captioner(config: Config, tokenizer: PreTrainedTokenizerBase, device: t
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        uses_audio = build_fusion(config, config.visual.projection).uses_audio
-        audio = load_audio_encoder(config.audio) if uses_audio else None
+        audio = None if isinstance(config.fusion, VisualOnly) else load_audio_encoder(config.audio)
         language = build_language_model(config.language, tokenizer)
         return _assemble(config, language, audio, tokenizer).to(device)
 
@@ -225,8 +224,7 @@ def load_captioner(config: Config, tokenizer: PreTrainedTokenizerBase, device: t
 def skeleton_captioner(config: Config) -> Captioner:
     """On the meta device: sizes and dtypes without weights, downloads or memory."""
     with torch.device("meta"):
-        uses_audio = build_fusion(config, config.visual.projection).uses_audio
-        audio = AudioEncoder(config.audio) if uses_audio else None
+        audio = None if isinstance(config.fusion, VisualOnly) else AudioEncoder(config.audio)
         return _assemble(config, skeleton_language_model(config.language), audio, None)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lavcap.config import PretrainedLanguage, RandomLlama
-from lavcap.prompts import PROMPT_II, PROMPT_III, WORDINGS
 from lavcap.precision import loaded_as
+from lavcap.prompts import PROMPT_II, PROMPT_III, WORDINGS
 from lavcap.published import published_config
 
 if TYPE_CHECKING:

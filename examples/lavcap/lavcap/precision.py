@@ -11,7 +11,7 @@ from packaging.version import Version
 
 
 def loaded_as(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The option of ``from_pretrained`` for a dtype, which transformers 4.56 renamed; Gaudi's Trainer wants an older."""
+    """The option of ``from_pretrained`` for a dtype: transformers 4.56 renamed it, Gaudi's Trainer wants an older."""
     renamed = Version(transformers.__version__) >= Version("4.56")
     return {"dtype" if renamed else "torch_dtype": dtype}
 

@@ -43,7 +43,7 @@ class MelBatchNorm(nn.BatchNorm1d):
     which the next ``train()`` undoes, so that its "frozen" statistics move.
     """
 
-    # What batch_norm is given here is never None.
+    momentum: float  # these four are never None here
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -51,7 +51,6 @@ class MelBatchNorm(nn.BatchNorm1d):
     def __init__(self, num_mels: int, statistics: BatchNorm, momentum: float) -> None:
         super().__init__(num_mels, momentum=momentum)
         self.statistics = statistics
-        self.pace = momentum
 
     def forward(self, mel: Tensor, own: Tensor) -> Tensor:  # type: ignore[override]
         """mel [B, K, F]; own [B, F]: the frames that count."""
@@ -63,8 +62,8 @@ class MelBatchNorm(nn.BatchNorm1d):
         var = ((mel - mean[:, None]).square() * weight).sum((0, 2)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.pace)
-            self.running_var.lerp_(var * count / (count - 1).clamp_min(1), self.pace)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1).clamp_min(1), self.momentum)
         return self._scale(mel, mean, var)
 
     def _scale(self, mel: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -23,8 +23,5 @@ class Fusion(nn.Module):
     A token whose mask is False takes no part in any other's result.
     """
 
-    uses_audio = True
-    uses_visual = True
-
     def forward(self, audio: Tensor, audio_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> FusionOutput:
         raise NotImplementedError

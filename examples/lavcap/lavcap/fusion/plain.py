@@ -9,15 +9,11 @@ from lavcap.fusion.base import Fusion, FusionOutput
 
 
 class AudioOnlyFusion(Fusion):
-    uses_visual = False
-
     def forward(self, audio: Tensor, audio_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> FusionOutput:
         return FusionOutput(audio, audio_mask, None, audio.shape[1])
 
 
 class VisualOnlyFusion(Fusion):
-    uses_audio = False
-
     def forward(self, audio: Tensor, audio_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> FusionOutput:
         return FusionOutput(visual, visual_mask, None, 0)
 
