@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lavcap.cli import main
+from lavcap.data.captions import is_selected, read_captions, read_ids, youtube_id
 from lavcap.data.dataset import PreparedDataset
 from lavcap.data.decode import DecodedClip, decode_clip
 from lavcap.data.prepare import Job, PictureFeatures, check_disjoint, prepare, summarise
@@ -108,8 +109,6 @@ def test_splits_must_be_of_different_videos(media: Path, tmp_path: Path) -> None
 
 
 def test_audiocaps_own_splits_are_of_different_videos() -> None:
-    from lavcap.data.captions import read_captions, youtube_id
-
     folder = REAL_DATA / "audiocaps"
     if not folder.is_dir():
         pytest.skip("AudioCaps' captions (../shared/data) are not here")
@@ -117,6 +116,8 @@ def test_audiocaps_own_splits_are_of_different_videos() -> None:
     assert [len(clips) for clips in captions.values()] == [49838, 495, 975]
     videos = [{youtube_id(clip) for clip in clips} for clips in captions.values()]
     assert len(set.union(*videos)) == sum(map(len, videos))
+    ids = read_ids(folder / "test_944_ids.txt")
+    assert sum(is_selected(clip_id, ids) for clip_id in captions["test"]) == len(ids) == 944
 
 
 def test_files_that_came_meanwhile_do_not_stop_it(tmp_path: Path) -> None:
