@@ -56,12 +56,13 @@ def _select(captions: Path, ids: set[str], target: Path) -> None:
         csv.writer(file).writerows([header, *(row for row in rows if "_".join(row[column] for column in clip) in ids)])
 
 
-def _timed(command: list[str]) -> float:
-    """Seconds of a lavcap command, start of Python not counted."""
-    start = time.perf_counter()
+def _timed(command: list[str]) -> dict[str, float]:
+    """Seconds of a lavcap command, of the clock and of processors (Java's too), start of Python not counted."""
+    start, busy = time.perf_counter(), sum(os.times()[:4])
     if lavcap(command) != 0:
         raise SystemExit(f"lavcap {' '.join(command)} failed")
-    return round(time.perf_counter() - start, 1)
+    spent = {"clock": time.perf_counter() - start, "processors": sum(os.times()[:4]) - busy}
+    return {name: round(value, 1) for name, value in spent.items()}
 
 
 def _write_captions(scored: Path, target: Path) -> None:
@@ -82,14 +83,18 @@ def _log(folder: Path) -> dict[str, object]:
     lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
     shown = ("step", "loss", "ce_loss", "ot_loss", "grad_norm", "learning_rate", "eval_loss")
-    losses = [{name: float(f"{row[name]:.5g}") for name in shown if name in row} for row in rows]
+    losses = [{name: _short(row[name]) for name in shown if name in row} for row in rows]
     return {
         "losses": [row for row in losses if len(row) > 1],
         "captions": [{name: sample[name] for name in ("step", "clip_id", "caption")} for sample in samples],
     }
 
 
-def _conditions(machine: str, seconds: dict[str, float]) -> dict[str, object]:
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def _conditions(machine: str, seconds: dict[str, dict[str, float]]) -> dict[str, object]:
     import torch
 
     return {
