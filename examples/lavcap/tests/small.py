@@ -29,7 +29,22 @@ from lavcap.train import build_trainer, engine_arguments
 from lavcap.trainer import Captioning
 from torch.utils.data import Dataset
 
-WORDS = "a dog barks while rain falls and someone speaks near an engine that hums".split()
+WORDS = [
+    "a",
+    "dog",
+    "barks",
+    "while",
+    "rain",
+    "falls",
+    "and",
+    "someone",
+    "speaks",
+    "near",
+    "an",
+    "engine",
+    "that",
+    "hums",
+]
 
 
 def small_config(output: Path, *, dropout: float = 0.1, **train: object) -> Config:

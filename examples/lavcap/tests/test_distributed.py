@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from lavcap import checkpoint
 from lavcap.train import run
 from safetensors.torch import load_file
