@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,3 +89,18 @@ def test_training_refuses_splits_that_share_a_video(tmp_path: Path) -> None:
             writer.keep(clip_id, ("a dog",), torch.zeros(8000), torch.zeros(2, 8))
     with pytest.raises(ValueError, match=r"1 videos of split 'val' are in another split too: video_30 \(in train\)"):
         open_sets(config)
+
+
+def test_the_loader_benchmark_runs(tmp_path: Path) -> None:
+    """Small and untimed here; its result at full size is in results/loader.json."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "loader.py"))
+    sizes = {"clips": 12, "seconds": 1, "batch": 4, "workers": 0, "step": 0.001, "repeats": 1}
+    out = tmp_path / "loader.json"
+    script["main"]([f"--{name}={value}" for name, value in sizes.items()] + [f"--out={out}"])
+    result = json.loads(out.read_text())
+    assert [(row["data_set"], row["steps"]) for row in result["rows"]] == [("map", 2), ("stream", 2)]
+    assert result["conditions"]["clips"] == 12
+
+    committed = json.loads((Path(__file__).parents[1] / "results" / "loader.json").read_text())
+    for row in committed["rows"]:
+        assert row["clips_per_second_min"] > row["needed_by_the_step"], row
