@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lavcap.config import PretrainedCLIP, RandomCLIP
+from lavcap.config import Precision, PretrainedCLIP, RandomCLIP
 from lavcap.visual import build_visual_encoder, preprocess, visual_fingerprint
 
 
@@ -66,6 +66,23 @@ def test_a_folder_loads_like_a_published_model(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.encode(pixels), saved.encode(pixels), rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match=r"set visual\.projection=64"):
         build_visual_encoder(PretrainedCLIP(str(tmp_path)))
+
+
+def test_a_published_checkpoint_has_a_text_side_too(tmp_path: Path) -> None:
+    """As ``openai/clip-vit-large-patch14`` is: the features are what the whole model calls its image features."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sides |= {"projection_dim": 48}
+    text = sides | {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = sides | {"patch_size": 56, "image_size": 224}
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)).eval()
+    whole.save_pretrained(tmp_path)
+    pixels = preprocess(frames(224, 300))
+    encoder = build_visual_encoder(PretrainedCLIP(str(tmp_path), projection=48, precision=Precision.FLOAT32))
+    with torch.no_grad():
+        expected = whole.visual_projection(whole.vision_model(pixel_values=pixels).pooler_output)
+    torch.testing.assert_close(encoder.encode(pixels), expected)
 
 
 def test_a_fingerprint_tells_models_apart() -> None:
