@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from lavcap.config import (
     SolverConfig,
     VisualOnly,
 )
+from lavcap.config_file import load_config
 from lavcap.language import build_tokenizer
 from lavcap.prompts import test_prompt, training_prompts
 from lavcap.text import IGNORED, encode_text
 from torch import Tensor
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 CAPTIONS = ["A dog barks", "Rain falls on a roof while an engine hums nearby and people talk", "Wind"]
 LORA = LoRA(rank=2, alpha=4, dropout=0)
 
@@ -197,6 +200,21 @@ def test_table_iv(tokenizer: Any, encoder: Any, decoder: Any) -> None:
             name.split(".lora_")[0].rsplit(".", 1)[1] for name in moved if name.startswith(module) and ".lora_" in name
         }
         assert parts == ({"q_proj", "v_proj"} if tuning is LORA else set())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_takes_a_step_with_small_models(tokenizer: Any, path: Path) -> None:
+    """All that the file says but for the sizes: front end, augmentation, tuning, fusion, solver, loss, prompts."""
+    full = load_config(path)
+    fusion = replace(full.fusion, heads=2) if hasattr(full.fusion, "heads") else full.fusion
+    language = RandomLlama(width=64, heads=2, mlp=128, tuning=full.language.tuning)
+    audio = replace(full.audio, size=CEDSize.NANO, checkpoint=None)
+    small = replace(full, audio=audio, visual=RandomCLIP(), language=language, fusion=fusion)
+    model = load_captioner(small, tokenizer).train()
+    out = model(**batch(tokenizer, full.prompts))
+    out.loss.backward()
+    assert out.loss.isfinite() and (out.ot_loss is None) == (full.loss.ot_weight == 0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_adapting_statistics_are_kept_and_frozen_ones_are_not() -> None:
