@@ -30,6 +30,9 @@ from lavcap.text import IGNORED, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from transformers import Trainer as AnyTrainer
+else:
+    AnyTrainer = object  # which one it is mixed into is not known here
 
 logger = logging.get_logger(__name__)
 CAPTION_LOG = "captions.jsonl"
@@ -48,12 +51,15 @@ class Counts(NamedTuple):
         return cls(torch.tensor(float(len(labels))), (labels != IGNORED).sum().float(), both.sum().float())
 
 
-class Captioning:
+class Captioning(AnyTrainer):
     """Mixed in before a ``Trainer``, transformers' own or Gaudi's; takes a :class:`RawBatch`, writes small checkpoints.
 
     The loss is that of the global batch (all processes, all steps of an accumulation), so that a run's losses do not
     depend on how that batch was split.
     """
+
+    lr_scheduler: Any
+    control: Any
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
         self.config = config
@@ -106,7 +112,7 @@ class Captioning:
             ce, ot = (self.accelerator.reduce(self._parts, "mean") / self._updates).tolist()
             logs |= {"ce_loss": ce, "ot_loss": ot}
             self._parts, self._updates = torch.zeros_like(self._parts), 0
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Linear warm-up over the config's first epochs, then half a cosine down to zero."""
@@ -204,18 +210,18 @@ class Captioning:
         elif self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         else:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """The Trainer's, which would miss the frozen weights in a DeepSpeed checkpoint."""
         if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         return prepared
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 

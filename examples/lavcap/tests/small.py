@@ -10,6 +10,8 @@ from lavcap.captioner import load_captioner
 from lavcap.config import (
     AudioConfig,
     Average,
+    BatchNorm,
+    CEDFrontEnd,
     CEDSize,
     Config,
     DataConfig,
@@ -120,5 +122,11 @@ def _per_token(output: Path, batch: int) -> Config:
     return replace(config, train=replace(config.train, accumulation=2))
 
 
-# What losses are averages over decides how processes have to share them; by name, of output and clips a process.
-CASES = {"per_clip": _per_clip, "per_token": _per_token}
+def _adapting(output: Path, batch: int) -> Config:
+    config = _per_clip(output, batch)
+    return replace(config, audio=replace(config.audio, front_end=CEDFrontEnd(batch_norm=BatchNorm.ADAPT)))
+
+
+# What has to be shared between processes: averages over clips, over tokens, over frames. By name, of output and clips
+# a process.
+CASES = {"per_clip": _per_clip, "per_token": _per_token, "adapting": _adapting}

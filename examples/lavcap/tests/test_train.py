@@ -132,6 +132,19 @@ def test_gradient_checkpointing_changes_memory_only(tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_compiled_model_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dynamo's graphs and without its slow code generator."""
+    plain = finished(small_config(tmp_path / "plain", dropout=0.0, epochs=2.0), clips=2)
+    settings = train.training_settings
+    monkeypatch.setattr(
+        train, "training_settings", lambda config: settings(config) | {"torch_compile_backend": "eager"}
+    )
+    compiled = finished(small_config(tmp_path / "compiled", dropout=0.0, epochs=2.0, compile=True), clips=2)
+    assert isinstance(compiled.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+    assert losses(compiled)[0] == pytest.approx(losses(plain)[0], rel=1e-4)
+    assert (tmp_path / "compiled" / "checkpoint-2" / checkpoint.WEIGHTS).exists()
+
+
 def test_bfloat16_leaves_the_solver_in_float32(tmp_path: Path) -> None:
     trainer = small_trainer(small_config(tmp_path / "half", dropout=0.0, precision=Precision.BFLOAT16, epochs=2.0))
     errors = []

@@ -40,7 +40,8 @@ class MelBatchNorm(nn.BatchNorm1d):
     """Batch norm over mel bins whose statistics come from the clips' own frames only, and which can be truly frozen.
 
     A frozen one uses the statistics it was loaded with under ``train()`` too: the public code calls ``eval()`` once,
-    which the next ``train()`` undoes, so that its "frozen" statistics move.
+    which the next ``train()`` undoes, so that its "frozen" statistics move. Processes that train together share one
+    mean and variance, those of all their clips, which carry no gradient: nothing before them is trained.
     """
 
     momentum: float  # these four are never None here
@@ -57,10 +58,10 @@ class MelBatchNorm(nn.BatchNorm1d):
         if not self.training or self.statistics is BatchNorm.FROZEN:
             return self._scale(mel, self.running_mean, self.running_var)
         weight = own[:, None].to(mel.dtype)  # [B, 1, F]
-        count = weight.sum().clamp_min(1)
-        mean = (mel * weight).sum((0, 2)) / count
-        var = ((mel - mean[:, None]).square() * weight).sum((0, 2)) / count
         with torch.no_grad():
+            count = _over_processes(weight.sum()).clamp_min(1)
+            mean = _over_processes((mel * weight).sum((0, 2))) / count
+            var = _over_processes(((mel - mean[:, None]).square() * weight).sum((0, 2))) / count
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1).clamp_min(1), self.momentum)
@@ -69,6 +70,13 @@ class MelBatchNorm(nn.BatchNorm1d):
     def _scale(self, mel: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         slope = self.weight * torch.rsqrt(var + self.eps)
         return mel * slope[:, None] + (self.bias - mean * slope)[:, None]
+
+
+def _over_processes(share: Tensor) -> Tensor:
+    """The sum of all processes' shares."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(share)
+    return share
 
 
 class Attention(nn.Module):
