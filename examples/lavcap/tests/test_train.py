@@ -257,6 +257,29 @@ def test_a_run_is_not_continued_with_another_config(tmp_path: Path) -> None:
         train.claim(tmp_path, other(other(config, "train", learning_rate=1.0), "audio", size=train.Config().audio.size))
 
 
+def test_sharded_optimisers_are_written_without_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of FSDP and DeepSpeed, which need GPUs; what they are called on and with is ours."""
+    trainer, calls = small_trainer(small_config(tmp_path)), []
+    trainer.create_optimizer_and_scheduler(4)
+    monkeypatch.setattr("lavcap.trainer.save_fsdp_optimizer", lambda *args: calls.append(args[2:]))
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", "plugin", raising=False)
+    trainer.is_fsdp_enabled = True
+    trainer._save_optimizer_and_scheduler(str(tmp_path))
+    assert calls.pop() == (trainer.optimizer, trainer.model, str(tmp_path))
+    assert torch.load(tmp_path / "scheduler.pt", weights_only=True)["last_epoch"] == 0
+
+    trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = False, True
+    trainer.model_wrapped = types.SimpleNamespace(
+        save_checkpoint=lambda folder, **options: calls.append((folder, options)),
+        load_checkpoint=lambda folder, **options: calls.append((folder, options)),
+    )
+    monkeypatch.setattr(Trainer, "_prepare_for_training", lambda self, *args: calls.append(args) or "ready")
+    trainer._save_optimizer_and_scheduler("there")
+    assert calls.pop() == ("there", {"exclude_frozen_parameters": True})
+    assert trainer._prepare_for_training(4, "loader", "there") == "ready"
+    assert calls == [(4, "loader", None), ("there", {"load_module_strict": False})]
+
+
 def gaudi(recorded: list[object]) -> types.ModuleType:
     """What optimum-habana offers, on transformers' own Trainer, with the loop's other name for its batches."""
     module = types.ModuleType("optimum.habana")
