@@ -1,5 +1,5 @@
-# Every target sets up what it needs: .venv with the packages of pyproject.toml. No system packages beyond
-# Python 3.10 or newer (with venv), make, and git; and a C++ compiler for the tests of the kernels for Gaudi.
+# Every target sets up what it needs: .venv with the packages of pyproject.toml. System packages: Python 3.10 or newer (with
+# venv), make and git; for "make test" also a C++ compiler and Java, which it installs where it can.
 
 PYTHON ?= python3
 # What to install torch from, ahead of everything else; "make TORCH=torch" takes the newest.
@@ -7,20 +7,23 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: demo test compiler check bench docs wheel clean
+.PHONY: demo test compiler java check bench docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
-test: .venv/dev compiler
-	$(BIN)/python -m pytest -n 2 tests benchmarks
+test: .venv/dev compiler java
+	$(BIN)/python -m pytest -n 2 tests benchmarks examples/lavcap/tests
 
-# Installed where that can be done without a question; otherwise the tests that need it skip and say so.
+# The kernels for Gaudi run in an emulator in C++; METEOR and the tokeniser of captions (examples/lavcap) are Java programs.
 compiler:
-	@command -v g++ >/dev/null || command -v clang++ >/dev/null || command -v c++ >/dev/null || \
-	(apt-get update -qq && apt-get install -qq -y g++) >/dev/null 2>&1 || \
-	(sudo -n apt-get update -qq && sudo -n apt-get install -qq -y g++) >/dev/null 2>&1 || \
-	echo "no C++ compiler, and apt could not install g++: the TPC emulator's tests will skip"
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || command -v c++ >/dev/null || $(call apt,g++)
+
+java:
+	@command -v java >/dev/null || $(call apt,default-jre-headless)
+
+apt = { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y $(1); } \
+	>/dev/null 2>&1 || echo "$(1) is missing, and apt-get could not install it: tests that need it are skipped"
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -42,8 +45,12 @@ wheel: .venv/dev
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-.venv/demo .venv/dev .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py
+.venv/demo .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py
 	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv/dev: .venv/torch pyproject.toml setup.py examples/lavcap/pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[dev]" --editable "examples/lavcap[test]"
 	touch $@
 
 clean:

@@ -112,3 +112,12 @@ def test_wrong_values_are_refused_when_called(inputs):
         otfuse.nn.OTFusion(assignment="logs")(x, y)
     with pytest.raises(ValueError, match=r"a must have shape \[B, N\] = \[3, 12\]; got \[3, 9\]"):
         otfuse.nn.OTFusion()(x, y, a=inputs["b"])
+
+
+def test_shapes_and_gradients_on_the_meta_device() -> None:
+    """A model that holds the fusion can be counted without values, at any size."""
+    x = torch.empty(2, 64, 768, device="meta", requires_grad=True)
+    fused = otfuse.nn.OTFusion()(x, torch.empty(2, 20, 768, device="meta"), torch.ones(2, 64, device="meta").bool())
+    (fused.tokens.sum() + fused.loss).backward()
+    assert fused.tokens.shape == (2, 84, 768) and fused.plan.shape == (2, 64, 20)
+    assert x.grad is not None and x.grad.is_meta and x.grad.shape == x.shape

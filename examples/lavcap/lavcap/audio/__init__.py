@@ -1,0 +1,1 @@
+"""Sound to tokens: spectrograms, their augmentation, and the CED encoder."""

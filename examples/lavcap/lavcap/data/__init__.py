@@ -1,0 +1,1 @@
+"""From media files to batches: decoding, preparation, shards, data sets."""

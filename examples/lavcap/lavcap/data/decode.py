@@ -1,0 +1,194 @@
+"""Decodes the sound and the pictures of a clip with PyAV, both from the same moment on.
+
+Times come from the file's stamps, never from counting: a late stream, a variable frame rate or a hole in the sound end
+up where they belong. Decoding uses one thread a file, so that the same file gives the same bytes on every run; several
+files are decoded side by side by processes (:mod:`lavcap.data.prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import soxr
+from av.stream import Disposition
+from PIL import Image
+
+from lavcap.data.sample import SAMPLE_RATE
+
+SECONDS = 10  # of a clip that are used
+FRAMES_PER_SECOND = 2
+NUM_FRAMES = SECONDS * FRAMES_PER_SECOND
+SHORTEST = 1.0  # seconds of sound, and of picture, below which a clip is dropped
+HOLE = 0.05  # seconds between two pieces of sound that count as a hole
+
+
+class Reason(Enum):
+    """Why a clip is not in the prepared set."""
+
+    NO_FILE = "no_file"
+    UNREADABLE = "unreadable"
+    NO_SOUND = "no_sound"
+    NO_PICTURE = "no_picture"
+    TOO_SHORT = "too_short"
+    NO_CAPTION = "no_caption"
+    NOT_SELECTED = "not_selected"
+
+
+class Dropped(NamedTuple):
+    """A clip that is left out: the reason, and what was found."""
+
+    reason: Reason
+    detail: str
+
+
+class DecodedClip(NamedTuple):
+    waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second; peaks of lossy codecs exceed 1 and are kept
+    pictures: (
+        np.ndarray
+    )  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES: on the screen k / FRAMES_PER_SECOND s after the start
+
+
+def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
+    """The first SECONDS of a clip from the moment at which both sound and picture have begun, or why there is none."""
+    try:
+        with av.open(str(path)) as container:
+            sound_streams, picture_streams = (_usable(container, kind) for kind in ("audio", "video"))
+            described = ", ".join(_describe(stream) for stream in container.streams) or "none"
+    except (av.error.FFmpegError, OSError) as error:
+        return Dropped(Reason.UNREADABLE, getattr(error, "strerror", None) or type(error).__name__)
+    if not sound_streams:
+        return Dropped(Reason.NO_SOUND, f"its streams: {described}")
+    if not picture_streams:
+        return Dropped(Reason.NO_PICTURE, f"its streams: {described}")
+
+    sound = _first_decodable(path, sound_streams)
+    picture = _first_decodable(path, picture_streams)
+    if sound is None or picture is None:
+        return Dropped(Reason.UNREADABLE, f"no {'sound' if sound is None else 'picture'} could be decoded")
+    start = max(sound.begin, picture.begin)
+    waveform = _read_sound(path, sound.number, start)
+    if not np.isfinite(waveform).all():
+        return Dropped(Reason.UNREADABLE, "the sound holds NaN or infinity")
+    pictures = _read_pictures(path, picture.number, start, picture_size)
+    heard, seen = len(waveform) / SAMPLE_RATE, len(pictures) / FRAMES_PER_SECOND
+    if min(heard, seen) < SHORTEST:
+        return Dropped(Reason.TOO_SHORT, f"{heard:.2f} s of sound and {seen:.1f} s of picture together")
+    return DecodedClip(waveform, np.stack(pictures))
+
+
+class _Stream(NamedTuple):
+    number: int  # among the file's streams
+    begin: float  # seconds, the stamp of the first frame that decodes
+
+
+def _usable(container: Any, kind: str) -> list[int]:
+    """Streams of a kind that have a decoder and are no cover picture."""
+    return [
+        stream.index
+        for stream in container.streams
+        if stream.type == kind
+        and stream.codec_context is not None
+        and not stream.disposition & Disposition.attached_pic
+    ]
+
+
+def _describe(stream: Any) -> str:
+    return f"{stream.type} {'unknown' if stream.codec_context is None else stream.codec_context.name}"
+
+
+def _first_decodable(path: Path, indices: list[int]) -> _Stream | None:
+    for index in indices:
+        for frame in _frames(path, index):
+            return _Stream(index, frame.time or 0.0)
+    return None
+
+
+def _frames(path: Path, index: int) -> Iterator[Any]:
+    """The frames of one stream; packets that do not decode are skipped, a broken end is the end."""
+    with av.open(str(path)) as container:
+        stream = container.streams[index]
+        stream.thread_count = 1
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:
+                return
+            if packet is None:
+                return
+            try:
+                decoded = packet.decode()
+            except av.error.FFmpegError:
+                continue
+            yield from decoded
+
+
+def _read_sound(path: Path, index: int, start: float) -> np.ndarray:
+    """[S] mono samples from `start` on, at most SECONDS of them; holes are silent."""
+    samples = np.zeros(SECONDS * SAMPLE_RATE, dtype=np.float32)
+    filled = 0
+    for time, rate, piece in _runs_of_sound(path, index, start + SECONDS):
+        resampled = soxr.resample(piece, rate, SAMPLE_RATE)
+        first = round((time - start) * SAMPLE_RATE)
+        resampled = resampled[max(0, -first) :]
+        first = max(0, first)
+        count = max(0, min(len(resampled), len(samples) - first))
+        samples[first : first + count] = resampled[:count]
+        filled = max(filled, first + count) if count else filled
+    return samples[:filled]
+
+
+def _runs_of_sound(path: Path, index: int, stop: float) -> Iterator[tuple[float, int, np.ndarray]]:
+    """Time, rate and mono samples of each stretch without a hole or a change of format."""
+    pieces: list[np.ndarray] = []
+    begin = expected = 0.0
+    shape: tuple[str, str, int] | None = None
+    for frame in _frames(path, index):
+        time = expected if frame.time is None else frame.time
+        if time >= stop:
+            break
+        frame_shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if shape is None or shape != frame_shape or abs(time - expected) > HOLE:
+            if shape is not None:
+                yield begin, shape[2], np.concatenate(pieces)
+            to_float = av.AudioResampler(format="fltp")
+            pieces, begin, shape = [], time, frame_shape
+        pieces.extend(part.to_ndarray().mean(0) for part in to_float.resample(frame))
+        expected = time + frame.samples / frame.sample_rate
+    if shape is not None and pieces:
+        yield begin, shape[2], np.concatenate(pieces)
+
+
+def _read_pictures(path: Path, index: int, start: float, size: int) -> list[np.ndarray]:
+    """What is on the screen at start + k / FRAMES_PER_SECOND, while the stream lasts."""
+    pictures: list[np.ndarray] = []
+    shown: Any = None
+    end = start
+    for frame in _frames(path, index):
+        time = end if frame.time is None else frame.time
+        if shown is not None:
+            while len(pictures) < NUM_FRAMES and start + len(pictures) / FRAMES_PER_SECOND < time:
+                pictures.append(_square(shown, size))
+        if len(pictures) == NUM_FRAMES:
+            return pictures
+        shown = frame
+        end = time + (float(frame.duration * frame.time_base) if frame.duration else 1.0 / 25.0)
+    while len(pictures) < NUM_FRAMES and start + len(pictures) / FRAMES_PER_SECOND < end:
+        pictures.append(_square(shown, size))
+    return pictures
+
+
+def _square(frame: Any, size: int) -> np.ndarray:
+    """[size, size, 3]: upright, the shorter side scaled to `size` (bicubic), the centre cut out, as CLIP takes it."""
+    upright = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+    picture = Image.fromarray(np.ascontiguousarray(upright))
+    scale = size / min(picture.size)
+    width, height = (max(size, int(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
