@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "otfuse", "torch", "numba", "numpy", "triton", "POT", "geomloss", "ott-jax", "jax", "flash-sinkhorn", "liger-kernel",
-    "habana-torch-plugin",
+    "otfuse", "torch", "numba", "numpy", "triton", "POT", "geomloss", "ott-jax", "jax", "flash-sinkhorn",
+    "liger-kernel", "habana-torch-plugin",
 )  # fmt: skip
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 

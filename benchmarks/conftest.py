@@ -7,6 +7,7 @@ cuda`` or ``hpu`` time is the device's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from torch import Tensor
 
 FAR_OFF = 10  # times what is allowed: a peer this wrong does something else, and is not timed
 COMPILE_SECONDS = 120
-TURNS, FEWEST, SLOW = (7, 400), 3, 0.5  # of each contender; the fewest where a turn of all takes SLOW seconds or more
+FEWEST, MOST, SLOW = 5, 400, 0.5  # turns of each contender; two where one takes SLOW seconds or more
 CHECK = 4e8  # entry-rounds of the largest check of an item on a CPU: ten seconds or so
 FULL_CHECK = 2e10
 ORDER = ("test_attend", "test_sinkhorn", "test_accuracy", "test_memory", "test_scaling")
@@ -139,8 +140,8 @@ def race(
         pytest.skip(f"torch finds no {device.type.upper()} device")
 
     def run(
-        measured: Measured, suite: str, *, only: Sequence[str] = (), extra: Callable[[Any], dict[str, Any]] | None = None,
-        **facts: Any,
+        measured: Measured, suite: str, *, only: Sequence[str] = (),
+        extra: Callable[[Any], dict[str, Any]] | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         """``only``: names (or their beginnings) of those who take part, beside ours; ``extra``: of an answer, for its
         row."""
@@ -174,8 +175,8 @@ def race(
         work = measured.traffic, measured.flops(rounds), limits, measured.dtype
         rows = []
         for contender, turn, error, more in entered.values():
-            one = row(case, contender, turn, first, error)
-            rows.append(one | rates(one["median_ms"], *work) | facts | more)
+            one = row(case, contender, turn, first, error) | facts | more
+            rows.append(one | rates(one["median_ms"], *work) if contender.answers else one)
         results.add(rows, limits)
         benchmark.extra_info.update({one["contender"]: one["median_ms"] for one in rows})
 
@@ -222,15 +223,20 @@ def device_turn(contender: Contender, copies: list[tuple[Tensor, ...]], device: 
 
 
 def take_turns(benchmark: Any, turns: list[Any], seconds: float, dry: bool) -> None:
+    """Each has an equal part of the time, some turns at least; who needs fewer of them spreads them over all."""
+    fewest = [2 if dry or turn.seconds > SLOW else FEWEST for turn in turns]
+    counts = [max(few, min(MOST, int(seconds / len(turns) / turn.seconds))) for few, turn in zip(fewest, turns)]
+    rounds = max(counts)
     ours, *others = turns
-    of_all = sum(turn.seconds for turn in turns)
-    fewest = 2 if dry else FEWEST if of_all > SLOW else TURNS[0]
+    current = itertools.count()
 
     def others_first() -> None:
-        for turn in others:
-            turn.timed()
+        now = next(current)
+        for turn, count in zip(others, counts[1:]):
+            if now * count // rounds != (now - 1) * count // rounds:
+                turn.timed()
 
-    benchmark.pedantic(ours.timed, setup=others_first, rounds=max(fewest, min(TURNS[1], int(seconds / of_all))))
+    benchmark.pedantic(ours.timed, setup=others_first, rounds=rounds)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -27,7 +27,7 @@ from otfuse.problem import Problem, cost_problem, token_problem
 
 Field = tuple[list[Contender], dict[str, str]]
 SIMULATED = ("triton", "tpc")  # on a CPU they run in an interpreter or an emulator
-LARGEST_LOOP = 2**21  # entries of the largest batch for what is ten times slower than the rest
+LARGEST_LOOP = 2**20  # entries of the largest batch for what is ten times slower than the rest, or compiled first
 COMPILED, PER_ITEM = "log domain, torch.compile", "per-item log-domain loop"
 
 
@@ -76,10 +76,11 @@ def written_here(measured: Measured, device: torch.device, compiler: Compiler) -
 
     case, absent = measured.case, {}
     present = [contender("log domain, eager", batched_log_domain)]
-    if case.B * case.N * case.M <= LARGEST_LOOP:
+    common = measured.dtype == torch.float32 and measured.kind == "clustered"
+    if case.B * case.N * case.M <= LARGEST_LOOP and (common or device.type != "cpu"):
         present.append(compiler.contender(COMPILED, measured.op, case, wrap, device))
     else:
-        absent[COMPILED] = "compiled for smaller sizes only, to save time"
+        absent[COMPILED] = f"compiled up to {LARGEST_LOOP} entries only, on a CPU for clustered float32, to save time"
     if measured.op == "solve":
         present.append(contender("batched scaling loop, bmm", lambda s, *options: batched_scaling(-s, *options)))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -26,7 +25,7 @@ class Limits:
         """``small``: of small matrices, to try this out; the figures say nothing."""
         self.device, self.small = device, small
         self.copy = cache(self._copy)
-        self.product = cache(self._product)
+        self._product = cache(self._product_in)
         self._products: dict[str, float] = {}
 
     def _copy(self) -> float:
@@ -36,8 +35,13 @@ class Limits:
         target = torch.empty_like(source)
         return 2 * size / _seconds(lambda: target.copy_(source), self.device)
 
-    def _product(self, dtype: torch.dtype) -> float:
-        """Operations a second of a product of square matrices."""
+    def product(self, dtype: torch.dtype) -> float:
+        """Operations a second of a product of square matrices, in the dtype or in float32, whichever is faster."""
+        on_cpu = self.device.type == "cpu"
+        slow = on_cpu and dtype not in (torch.float32, torch.bfloat16)  # of these a CPU makes a loop
+        return max(map(self._product, {torch.float32} if slow else {dtype, torch.float32}))
+
+    def _product_in(self, dtype: torch.dtype) -> float:
         side = 16 if self.small else SIDE[self.device.type]
         left, right = (torch.rand(side, side, device=self.device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
@@ -68,10 +72,10 @@ def memory_available(device: torch.device) -> float:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median, by the clock of the device where it has one."""
+    """The least of some turns, since it is a limit; by the clock of the device where it has one."""
     for _ in range(2):
         call()
-    return statistics.median((_on_host if device.type == "cpu" else _on_device)(call, device) for _ in range(TURNS))
+    return min((_on_host if device.type == "cpu" else _on_device)(call, device) for _ in range(TURNS))
 
 
 def _on_host(call: Callable[[], Any], device: torch.device) -> float:

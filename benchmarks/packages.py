@@ -1,7 +1,7 @@
 """Other people's packages as contenders, from cost to plan or from tokens to attended tokens.
 
-Each function imports its package when called, and raises ``ImportError``, or ``Unable`` with the reason, where it cannot
-take part. None of these packages is a dependency.
+Each function imports its package when called, and raises ``ImportError``, or ``Unable`` with the reason, where it
+cannot take part. None of these packages is a dependency.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def ott(measured: Measured, device: torch.device) -> Contender:
 
     return Contender(
         "", lambda cost: compiled(cost).block_until_ready(), follows=COLUMNS_FIRST, note="columns first",
-        prepare=lambda cost: (jnp.asarray(cost.float().numpy()),), read=lambda plan: (torch.from_numpy(np.array(plan)),),
+        prepare=lambda cost: (jnp.asarray(cost.float().numpy()),),
+        read=lambda plan: (torch.from_numpy(np.array(plan)),),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Other ways to the same plan, or the same attended tokens, at the same number of rounds, in plain PyTorch: ours to write.
+"""Other ways to the same plan, or the same attended tokens, at the same number of rounds, in plain PyTorch.
 
 Those of other packages are in ``packages.py``; who takes part in which measurement is in ``field.py``.
 """
@@ -117,6 +117,7 @@ class Compiler:
 
     def __init__(self, seconds: float) -> None:
         self.seconds_left = seconds
+        self._last: tuple[Any, ...] = ()  # what the compiled code at hand is for
 
     def contender(self, name: str, op: str, case: Case, wrap: Wrap, device: torch.device) -> Contender:
         """Compiled by its first call, backward too."""
@@ -138,8 +139,10 @@ class Compiler:
         if self.seconds_left <= 0:
             raise TimeoutError("the time for compiling is spent (--compile-seconds)")
         start = time.perf_counter()
-        torch._dynamo.reset()  # beyond a few shapes of one function it would quietly stop compiling
-        compiled = make()
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        if shapes != self._last or inputs[0].device.type != "cpu":
+            torch._dynamo.reset()  # beyond a few shapes of one function it would quietly stop compiling
+        self._last, compiled = shapes, make()
         try:
             compiled(*inputs)
         finally:
