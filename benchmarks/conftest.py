@@ -22,7 +22,7 @@ from field import field
 from limits import Limits, cache_bytes, memory_available
 from measured import Answers, Measured, inputs_of, mean_rounds
 from peers import Compiler
-from timing import Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row
+from timing import Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row, shares
 from torch import Tensor
 
 FAR_OFF = 10  # times what is allowed: a peer this wrong does something else, and is not timed
@@ -93,6 +93,7 @@ class Results:
             self.options.out.mkdir(parents=True, exist_ok=True)
             self.path = self.options.out / ("dry-run.json" if self.options.dry_run else file_name(self.facts))
         if limits is not None:
+            self.rows = [row | shares(row, limits) for row in self.rows]  # of the best so far
             self.facts["limits"] = limits.facts()
         self.facts["minutes"] = round((time.monotonic() - self.start) / 60, 1)
         result = {"conditions": self.facts, "rows": self.rows, "absent": self.absent, "not_run": self.not_run}
@@ -172,11 +173,12 @@ def race(
         take_turns(benchmark, [turn for _, turn, _, _ in entered.values()], options.seconds, options.dry_run)
         rounds = mean_rounds(measured, inputs, ours.name.split()[1].rstrip(","))
         facts |= {"suite": suite, "rounds": rounds, "checked_items": answers.checked} | measured.facts
-        work = measured.traffic, measured.flops(rounds), limits, measured.dtype
+        work = measured.traffic, measured.flops(rounds)
         rows = []
         for contender, turn, error, more in entered.values():
             one = row(case, contender, turn, first, error) | facts | more
             rows.append(one | rates(one["median_ms"], *work) if contender.answers else one)
+        limits.again()
         results.add(rows, limits)
         benchmark.extra_info.update({one["contender"]: one["median_ms"] for one in rows})
 

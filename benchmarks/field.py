@@ -28,7 +28,10 @@ from otfuse.problem import Problem, cost_problem, token_problem
 Field = tuple[list[Contender], dict[str, str]]
 SIMULATED = ("triton", "tpc")  # on a CPU they run in an interpreter or an emulator
 LARGEST_LOOP = 2**20  # entries of the largest batch for what is ten times slower than the rest, or compiled first
-COMPILED, PER_ITEM = "log domain, torch.compile", "per-item log-domain loop"
+LARGEST_EAGER = 3e8  # entry-rounds: a second or two
+EAGER, COMPILED, PER_ITEM = (
+    "log domain, eager", "log domain, torch.compile", "per-item log-domain loop",
+)  # fmt: skip
 
 
 def field(measured: Measured, inputs: Sequence[Tensor], compiler: Compiler, simulated: bool = False) -> Field:
@@ -75,7 +78,11 @@ def written_here(measured: Measured, device: torch.device, compiler: Compiler) -
         return Contender(name, wrap(bound(measured.op, solve, measured.case)))
 
     case, absent = measured.case, {}
-    present = [contender("log domain, eager", batched_log_domain)]
+    present = []
+    if device.type == "cpu" and case.B * case.N * case.M * case.T > LARGEST_EAGER:
+        absent[EAGER] = "on a CPU it would take seconds at this size"
+    else:
+        present.append(contender(EAGER, batched_log_domain))
     common = measured.dtype == torch.float32 and measured.kind == "clustered"
     if case.B * case.N * case.M <= LARGEST_LOOP and (common or device.type != "cpu"):
         present.append(compiler.contender(COMPILED, measured.op, case, wrap, device))

@@ -6,7 +6,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +18,62 @@ UNKNOWN_CACHE = 2**25  # bytes, where a machine does not say: more than most hav
 
 
 class Limits:
-    """Bytes and operations a second, each measured when it is first asked for."""
+    """Bytes and operations a second: the best of all turns, of which ``again`` makes more in the course of a run."""
 
     def __init__(self, device: torch.device, small: bool = False) -> None:
         """``small``: of small matrices, to try this out; the figures say nothing."""
         self.device, self.small = device, small
-        self.copy = cache(self._copy)
-        self._product = cache(self._product_in)
-        self._products: dict[str, float] = {}
+        self.best: dict[str, float] = {}  # seconds of a turn: of "copy", or of a product in a dtype
 
-    def _copy(self) -> float:
+    def copy(self) -> float:
         """Bytes a second that a copy within the device's memory reads and writes."""
-        size = 2**12 if self.small else COPY_BYTES[self.device.type]
-        source = torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
-        target = torch.empty_like(source)
-        return 2 * size / _seconds(lambda: target.copy_(source), self.device)
+        return 2 * self._copy_bytes / self._seconds("copy")
 
     def product(self, dtype: torch.dtype) -> float:
         """Operations a second of a product of square matrices, in the dtype or in float32, whichever is faster."""
         on_cpu = self.device.type == "cpu"
         slow = on_cpu and dtype not in (torch.float32, torch.bfloat16)  # of these a CPU makes a loop
-        return max(map(self._product, {torch.float32} if slow else {dtype, torch.float32}))
+        names = {"float32"} if slow else {str(dtype).removeprefix("torch."), "float32"}
+        return 2 * self._side**3 / min(map(self._seconds, names))
 
-    def _product_in(self, dtype: torch.dtype) -> float:
-        side = 16 if self.small else SIDE[self.device.type]
-        left, right = (torch.rand(side, side, device=self.device).to(dtype) for _ in range(2))
-        out = torch.empty_like(left)
-        rate = 2 * side**3 / _seconds(lambda: torch.mm(left, right, out=out), self.device)
-        self._products[str(dtype).removeprefix("torch.")] = rate / 1e9
-        return rate
+    def again(self) -> None:
+        """More turns of what was measured: a machine is not always as fast as it can be."""
+        for name in self.best:
+            self.best[name] = min(self.best[name], self._measured(name, turns=2))
 
     def facts(self) -> dict[str, Any]:
-        return {"copy_gb_per_s": self.copy() / 1e9, "product_gflop_per_s": dict(self._products)}
+        products = {name: 2 * self._side**3 / seconds / 1e9 for name, seconds in self.best.items() if name != "copy"}
+        return {"copy_gb_per_s": self.copy() / 1e9, "product_gflop_per_s": products}
+
+    @property
+    def _copy_bytes(self) -> int:
+        return 2**12 if self.small else COPY_BYTES[self.device.type]
+
+    @property
+    def _side(self) -> int:
+        return 16 if self.small else SIDE[self.device.type]
+
+    def _seconds(self, name: str) -> float:
+        if name not in self.best:
+            self.best[name] = self._measured(name, TURNS)
+        return self.best[name]
+
+    def _measured(self, name: str, turns: int) -> float:
+        """The least of some turns, by the clock of the device where it has one."""
+        call = self._copying() if name == "copy" else self._multiplying(getattr(torch, name))
+        clock = _on_host if self.device.type == "cpu" else _on_device
+        call()
+        return min(clock(call, self.device) for _ in range(turns))
+
+    def _copying(self) -> Callable[[], Any]:
+        source = torch.empty(self._copy_bytes, dtype=torch.uint8, device=self.device).fill_(1)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def _multiplying(self, dtype: torch.dtype) -> Callable[[], Any]:
+        left, right = (torch.rand(self._side, self._side, device=self.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        return lambda: torch.mm(left, right, out=out)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -69,13 +92,6 @@ def memory_available(device: torch.device) -> float:
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
     return 1024 * int(found[1]) if found and device.type == "cpu" else math.inf
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The least of some turns, since it is a limit; by the clock of the device where it has one."""
-    for _ in range(2):
-        call()
-    return min((_on_host if device.type == "cpu" else _on_device)(call, device) for _ in range(TURNS))
 
 
 def _on_host(call: Callable[[], Any], device: torch.device) -> float:

@@ -166,23 +166,29 @@ def row(
     }
 
 
-def rates(median_ms: float, traffic: int, flops: int, limits: Limits, dtype: torch.dtype) -> dict[str, Any]:
-    """What the case needs over the time taken; a contender that moves more than that is not credited with it.
-
-    The share of the limit is the time of a copy of as many bytes, or of a matrix product of as many operations,
-    whichever takes longer on this machine, over the time taken.
-    """
+def rates(median_ms: float, traffic: int, flops: int) -> dict[str, float]:
+    """What the case needs over the time taken; a contender that moves more than that is not credited with it."""
     seconds = median_ms / 1e3
-    by_copy, by_product = traffic / limits.copy(), flops / limits.product(dtype)
     return {
         "traffic_mb": traffic / 1e6,
         "gflop": flops / 1e9,
         "gb_per_s": traffic / seconds / 1e9,
         "gflop_per_s": flops / seconds / 1e9,
-        "copy_gb_per_s": limits.copy() / 1e9,
-        "product_gflop_per_s": limits.product(dtype) / 1e9,
-        "share_of_copy": by_copy / seconds,
-        "share_of_product": by_product / seconds,
-        "share_of_limit": max(by_copy, by_product) / seconds,
+    }
+
+
+def shares(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Of what this machine can do: the time of a copy of as many bytes, or of a matrix product of as many operations,
+    whichever takes longer, over the time taken. Nothing where the row has no rates."""
+    if "gb_per_s" not in row:
+        return {}
+    copy, product = limits.copy() / 1e9, limits.product(getattr(torch, row["dtype"])) / 1e9
+    by_copy, by_product = row["gb_per_s"] / copy, row["gflop_per_s"] / product
+    return {
+        "copy_gb_per_s": copy,
+        "product_gflop_per_s": product,
+        "share_of_copy": by_copy,
+        "share_of_product": by_product,
+        "share_of_limit": max(by_copy, by_product),
         "limit": "copy" if by_copy >= by_product else "product",
     }
