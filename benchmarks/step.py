@@ -126,10 +126,17 @@ def measure(part: Part, rounds: int, device: torch.device) -> dict[str, Any]:
     low, _, high = statistics.quantiles(both, n=4)
     in_step = 1e3 * part.times
     return {
-        "suite": "step", "case": "training step", "contender": part.name, "median_ms": in_step * statistics.median(both),
-        "quartiles_ms": [in_step * low, in_step * high], "forward_ms": in_step * statistics.median(forward),
-        "backward_ms": in_step * statistics.median(backward), "times": part.times, "turns": rounds,
-    }  # fmt: skip
+        "suite": "step",
+        "case": "training step",
+        "op": "step",
+        "contender": part.name,
+        "median_ms": in_step * statistics.median(both),
+        "quartiles_ms": [in_step * low, in_step * high],
+        "forward_ms": in_step * statistics.median(forward),
+        "backward_ms": in_step * statistics.median(backward),
+        "times": part.times,
+        "turns": rounds,
+    }
 
 
 def _once(part: Part, device: torch.device) -> tuple[float, float]:
