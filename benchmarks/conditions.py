@@ -21,13 +21,14 @@ PACKAGES = (
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
-def conditions(device: torch.device, note: str = "") -> dict[str, Any]:
+def conditions(device: torch.device, note: str = "", clock: str = "wall") -> dict[str, Any]:
     """``note``: what the person who ran it has to say of the machine."""
     facts = {
         "date": datetime.date.today().isoformat(),
         "device": device.type,
         "machine": cpu() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device),
         "note": note,
+        "clock": clock if device.type == "cpu" else "device",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -22,7 +22,7 @@ from field import field
 from limits import Limits, cache_bytes, memory_available
 from measured import Answers, Measured, inputs_of, mean_rounds
 from peers import Compiler
-from timing import Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row, shares
+from timing import CLOCKS, Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row, shares
 from torch import Tensor
 
 FAR_OFF = 10  # times what is allowed: a peer this wrong does something else, and is not timed
@@ -44,6 +44,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile-seconds", type=float, default=None,
         help=f"to spend on torch.compile in all (default {COMPILE_SECONDS}, and 0 where nothing is timed)",
     )  # fmt: skip
+    parser.addoption(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="on a CPU: wall (default), or processor, where others use it too",
+    )
     parser.addoption("--commit", help="the commit, where the tree does not know it")
     parser.addoption("--note", default="", help="what to say of the machine, as 'shared with others'")
     parser.addoption("--dry-run", action="store_true", help="time a tiny case in Triton's interpreter, to try this out")
@@ -88,7 +94,7 @@ class Results:
         if self.options.out is None or not self.options.benchmark_enable:
             return
         if self.facts is None:  # once: the clocks are those under load
-            self.facts = conditions(torch.device(self.options.device), self.options.note)
+            self.facts = conditions(torch.device(self.options.device), self.options.note, self.options.clock)
             self.facts["commit"] = self.options.commit or self.facts["commit"]
             self.options.out.mkdir(parents=True, exist_ok=True)
             self.path = self.options.out / ("dry-run.json" if self.options.dry_run else file_name(self.facts))
@@ -116,7 +122,8 @@ def timed(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def limits(request: pytest.FixtureRequest, device: torch.device) -> Limits:
-    return Limits(device, small=request.config.option.dry_run)
+    option = request.config.option
+    return Limits(device, small=option.dry_run, clock=CLOCKS[option.clock])
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +166,9 @@ def race(
         entered: dict[str, tuple[Contender, Any, float, dict[str, Any]]] = {}
         for contender in contenders:
             try:
-                entered[contender.name] = enter(contender, inputs, measured.traffic, answers, not entered, extra, timed)
+                entered[contender.name] = enter(
+                    contender, inputs, measured.traffic, answers, not entered, extra, options.clock if timed else ""
+                )
             except Exception as failure:  # whatever it has to say
                 if not entered or not (timed or isinstance(failure, TimeoutError)):
                     raise  # ours, or it would go unnoticed
@@ -200,15 +209,18 @@ def why_not(measured: Measured, device: torch.device, full: bool, spent: bool) -
 
 def enter(
     contender: Contender, inputs: tuple[Tensor, ...], traffic: int, answers: Answers, ours: bool,
-    extra: Callable[[Any], dict[str, Any]] | None, timed: bool,
+    extra: Callable[[Any], dict[str, Any]] | None, clock: str,
 ) -> tuple[Contender, Any, float, dict[str, Any]]:  # fmt: skip
-    """A contender, its turn, how far off what it computed is (NaN where that is no answer), and what else is of it."""
+    """A contender, its turn, how far off what it computed is (NaN where that is no answer), and what else is of it.
+
+    Without a ``clock`` there is no turn.
+    """
     device, turn = inputs[0].device, None
-    if not timed:
+    if not clock:
         outputs = contender.call(*contender.prepare(*inputs))
     else:
         copies = copies_beyond_cache(inputs, traffic, cache_bytes(device))
-        turn = HostTurn(contender, copies) if device.type == "cpu" else device_turn(contender, copies, device)
+        turn = HostTurn(contender, copies, clock) if device.type == "cpu" else device_turn(contender, copies, device)
         outputs = turn.outputs[-1]
     if device.type == "cpu" and turn is not None:
         turn.outputs = []  # checked, and in the way of larger ones

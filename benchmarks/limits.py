@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+Clock = Callable[[], float]
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30, "hpu": 2**30}  # of the source: several times any cache
 SIDE = {"cpu": 1024, "cuda": 8192, "hpu": 8192}  # of the matrices
 TURNS = 12
@@ -20,9 +21,9 @@ UNKNOWN_CACHE = 2**25  # bytes, where a machine does not say: more than most hav
 class Limits:
     """Bytes and operations a second: the best of all turns, of which ``again`` makes more in the course of a run."""
 
-    def __init__(self, device: torch.device, small: bool = False) -> None:
-        """``small``: of small matrices, to try this out; the figures say nothing."""
-        self.device, self.small = device, small
+    def __init__(self, device: torch.device, small: bool = False, clock: Clock = time.perf_counter) -> None:
+        """``small``: of small matrices, to try this out; the figures say nothing. ``clock``: of the host."""
+        self.device, self.small, self.clock = device, small, clock
         self.best: dict[str, float] = {}  # seconds of a turn: of "copy", or of a product in a dtype
 
     def copy(self) -> float:
@@ -61,9 +62,23 @@ class Limits:
     def _measured(self, name: str, turns: int) -> float:
         """The least of some turns, by the clock of the device where it has one."""
         call = self._copying() if name == "copy" else self._multiplying(getattr(torch, name))
-        clock = _on_host if self.device.type == "cpu" else _on_device
+        seconds = self._on_host if self.device.type == "cpu" else self._on_device
         call()
-        return min(clock(call, self.device) for _ in range(turns))
+        return min(seconds(call) for _ in range(turns))
+
+    def _on_host(self, call: Callable[[], Any]) -> float:
+        start = self.clock()
+        call()
+        return self.clock() - start
+
+    def _on_device(self, call: Callable[[], Any]) -> float:
+        api = getattr(torch, self.device.type)
+        start, end = (api.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def _copying(self) -> Callable[[], Any]:
         source = torch.empty(self._copy_bytes, dtype=torch.uint8, device=self.device).fill_(1)
@@ -92,19 +107,3 @@ def memory_available(device: torch.device) -> float:
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
     return 1024 * int(found[1]) if found and device.type == "cpu" else math.inf
-
-
-def _on_host(call: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _on_device(call: Callable[[], Any], device: torch.device) -> float:
-    api = getattr(torch, device.type)
-    start, end = (api.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

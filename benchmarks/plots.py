@@ -112,7 +112,7 @@ def _stop(row: Row) -> str:
 
 def curves(rows: Sequence[Row], title: str) -> str:
     """Distance from the converged plan against time, a point for each number of rounds."""
-    figure, axes = _figure(8, 4.6)
+    figure, axes = _figure(9.4, 4.6)
     for name, points in _by_contender(rows).items():
         points = sorted(points, key=lambda row: row["rounds"])
         across, up = ([row[key] for row in points] for key in ("median_ms", "from_converged"))
@@ -122,11 +122,11 @@ def curves(rows: Sequence[Row], title: str) -> str:
             for row in points:
                 where = (row["median_ms"], row["from_converged"])
                 axes.annotate(f"{row['rounds']:g}", where, (-4, -11), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds a call, median (figures at our points: rounds)")
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds a call, median (beside our points: rounds)")
     axes.set_ylabel("distance from the converged plan, of its size")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(color="#e6e8eb")
-    axes.legend(frameon=False, fontsize=7.5)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
     return _svg(figure)
 
 
@@ -167,12 +167,13 @@ def memory(rows: Sequence[Row]) -> str:
         for row in group:
             name = row["contender"]
             axes.barh(at, row["matrices"], color=colour(name), height=0.8, label=None if name in drawn else name)
-            axes.text(row["matrices"] + 0.02, at, f" {row['matrices']:.2g}", va="center", fontsize=7.5)
+            axes.text(row["matrices"] + 0.02, at, f" {row['matrices']:.1f}", va="center", fontsize=7.5)
             ticks.append((at, f"{_heading(row)}{_stop(row)}" if row is group[0] else ""))
             drawn.add(name)
             at += 1
         at += 0.7
     axes.set_yticks(*zip(*ticks), fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
     axes.set(xscale="symlog", xlabel="arrays of [B, N, M] in float32 held at once, beyond inputs and outputs")
     axes.set_xlim(0, 3 * max(row["matrices"] for row in rows) + 1)
     axes.set_ylim(at - 1, -0.8)

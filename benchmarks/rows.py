@@ -81,7 +81,9 @@ def condition_line(facts: dict[str, Any]) -> str:
     if "gpu" in facts:
         clocks = ", ".join(f"{name} {value}" for name, value in (facts["gpu"]["clocks"] or {}).items())
         gpu = f"driver {facts['gpu']['driver']}, CUDA {facts['gpu']['cuda']}, {clocks or 'clocks unknown'}, "
-    note = f" ({facts['note']})" if facts.get("note") else ""
+    clock = {"processor": "processor time", "wall": "wall clock", "device": "device time"}.get(facts.get("clock"))
+    said = "; ".join(text for text in (facts.get("note"), clock) if text)
+    note = f" ({said})" if said else ""
     return (
         f"{facts['date']}, {facts['machine']}{note}, {gpu}{facts['cores']} cores, {facts['threads']} thread(s), "
         f"Python {facts['python']}, {versions}, commit {facts['commit'] or 'unknown'}."

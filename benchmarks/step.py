@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import plots
 import torch
 from conditions import conditions, file_name
+from timing import CLOCKS
 from torch import Tensor, nn
 
 SAMPLE_RATE, FRAMES, PROMPT, CAPTION = 16_000, 20, 21, 15
@@ -118,10 +118,10 @@ def decoder_parts(sizes: Sizes, length: int, device: torch.device) -> list[Part]
     return [Part("decoder layers", one_layer, sizes.layers), Part("head and cross-entropy", loss)]
 
 
-def measure(part: Part, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure(part: Part, rounds: int, device: torch.device, clock: str) -> dict[str, Any]:
     """Milliseconds in a step, forward and backward."""
-    _once(part, device)  # compiles what has to be compiled
-    forward, backward = zip(*(_once(part, device) for _ in range(rounds)))
+    _once(part, device, clock)  # compiles what has to be compiled
+    forward, backward = zip(*(_once(part, device, clock) for _ in range(rounds)))
     both = [one + other for one, other in zip(forward, backward)]
     low, _, high = statistics.quantiles(both, n=4)
     in_step = 1e3 * part.times
@@ -139,23 +139,23 @@ def measure(part: Part, rounds: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _once(part: Part, device: torch.device) -> tuple[float, float]:
-    start = _now(device)
+def _once(part: Part, device: torch.device, clock: str) -> tuple[float, float]:
+    start = _now(device, clock)
     outputs = part.forward()
-    middle = _now(device)
+    middle = _now(device, clock)
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    return middle - start, _now(device) - middle
+    return middle - start, _now(device, clock) - middle
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device, clock: str) -> float:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
-    return time.perf_counter()
+    return CLOCKS[clock]()
 
 
-def budget(sizes: Sizes, device: torch.device, backend: str, rounds: int) -> list[dict[str, Any]]:
+def budget(sizes: Sizes, device: torch.device, backend: str, rounds: int, clock: str) -> list[dict[str, Any]]:
     """A row for each part; the loss is what OT-Att with it takes longer than without."""
-    rows = {part.name: measure(part, rounds, device) for part in parts(sizes, device, backend)}
+    rows = {part.name: measure(part, rounds, device, clock) for part in parts(sizes, device, backend)}
     attended, both = rows["OT-Att"], rows.pop("OT-Att and OT loss")
     keys = ("median_ms", "forward_ms", "backward_ms")
     loss = {key: max(0.0, both[key] - attended[key]) for key in keys} | {"quartiles_ms": None}
@@ -172,11 +172,12 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="of otfuse (default auto)")
     parser.add_argument("--rounds", type=int, default=3, help="of each part (default 3)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this out")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a CPU: wall (default) or processor")
     parser.add_argument("--note", default="", help="what to say of the machine")
     options = parser.parse_args()
     device, sizes = torch.device(options.device), TINY if options.tiny else PAPER
-    rows = budget(sizes, device, options.backend, max(2, options.rounds))
-    facts = conditions(device, options.note)
+    rows = budget(sizes, device, options.backend, max(2, options.rounds), options.clock)
+    facts = conditions(device, options.note, options.clock)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / file_name(facts).replace(".json", "-step.json")
     path.write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")

@@ -87,8 +87,8 @@ def test_a_wrong_answer_has_no_time(suite):
     arguments = (inputs, 10**9, answers)
     enter = suite["conftest"].enter
     with pytest.raises(AssertionError, match=r"ours is off by .* not timed"):
-        enter(wrong, *arguments, ours=True, extra=None, timed=True)
-    *_, error, _ = enter(suite["timing"].Contender("ours", right), *arguments, ours=True, extra=None, timed=True)
+        enter(wrong, *arguments, ours=True, extra=None, clock="wall")
+    *_, error, _ = enter(suite["timing"].Contender("ours", right), *arguments, ours=True, extra=None, clock="wall")
     assert 0 <= error <= answers.of("rows first").allowed
 
 
