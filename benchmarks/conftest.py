@@ -30,7 +30,7 @@ COMPILE_SECONDS = 120
 FEWEST, MOST, SLOW = 5, 400, 0.5  # turns of each contender; two where one takes SLOW seconds or more
 CHECK = 4e8  # entry-rounds of the largest check of an item on a CPU: ten seconds or so
 FULL_CHECK = 2e10
-ORDER = ("test_attend", "test_sinkhorn", "test_accuracy", "test_memory", "test_scaling")
+ORDER = ("test_attend", "test_sinkhorn", "test_accuracy", "test_memory", "test_scaling", "test_step")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,8 +60,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order of importance."""
-    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
+    """The order of importance, on a CPU with what takes long at the end."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        measured = getattr(item, "callspec", None) and item.callspec.params.get("measured")
+        slow = item.config.option.device == "cpu" and measured is not None and measured.takes_long
+        return slow, ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
+
+    items.sort(key=place)
 
 
 class Results:

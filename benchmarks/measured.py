@@ -19,6 +19,7 @@ from otfuse.testing import clustered_tokens, specified_attend, specified_sinkhor
 
 # Entry-rounds of the largest check: seconds in float64, where a round takes two exponentials an entry.
 LARGEST_CHECK = {"cpu": 2e8, "cuda": 4e10, "hpu": 2e8}
+LONG_ROUNDS, LONG_TOKENS = 1e8, 4e7  # entry-rounds, numbers in all tokens
 FEATURES_OF_A_COST = 16  # of the tokens that a cost is made of where the case has none
 MOST_ROUNDS, CONVERGED_AT = 5_000, 1e-9
 Call = Callable[..., Sequence[Tensor]]
@@ -66,6 +67,12 @@ class Measured:
         """The same way through the code on a size that costs nothing, to run where nothing is timed."""
         case, at_most = self.case, {"B": 2, "N": 12, "M": 12, "D": 24, "T": 3}
         return replace(self, case=replace(case, **{k: min(v, getattr(case, k)) for k, v in at_most.items()}))
+
+    @property
+    def takes_long(self) -> bool:
+        """On a CPU: seconds, for everybody together."""
+        case = self.case
+        return case.B * case.N * case.M * case.T > LONG_ROUNDS or case.B * (case.N + case.M) * case.D > LONG_TOKENS
 
     @property
     def check_entry_rounds(self) -> int:

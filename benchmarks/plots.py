@@ -18,7 +18,7 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#999999"
 SETTINGS = {
-    "svg.hashsalt": "otfuse", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False,
+    "svg.hashsalt": "otfuse", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True,
 }  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Result files for people: a page with pictures, a summary for a screen, what became slower.
 
-``python benchmarks/report.py FILE… --page PAGE.md`` writes a Markdown page and its pictures into ``images/`` beside it,
-``--html PAGE.html`` the same as one file that opens anywhere, ``--speed PICTURE.svg`` the picture of the README, from
-the last file. ``--compare OLD NEW`` says what became slower beyond the noise, and exits with 1 if anything did.
-``--summary`` prints a line for each case timed on a GPU, and the limits set for it.
+``python benchmarks/report.py FILE… --page PAGE.md`` writes a Markdown page, the last file first, and its pictures into
+``images/`` beside it, ``--html PAGE.html`` the same as one file that opens anywhere, ``--speed PICTURE.svg`` the
+picture of the README, from the last file. ``--compare OLD NEW`` says what became slower beyond the noise, and exits
+with 1 if anything did. ``--summary`` prints a line for each case timed on a GPU, and the limits set for it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ def main() -> None:
 
 
 def write(results: list[Result], options: argparse.Namespace) -> None:
+    for path in (options.page, options.html, options.speed):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     if options.page or options.html:
-        blocks = page(results, TITLE)
+        blocks = page(results[::-1], TITLE)
         if options.page:
             write_images(blocks, options.page.parent / "images")
             options.page.write_text(markdown(blocks, "images"), encoding="utf-8")

@@ -65,7 +65,7 @@ def fabricated():
         rows.append(row("accuracy", ours, rounds / 50, case=case, rounds=rounds, from_converged=10 / rounds**3))
         rows.append(row("accuracy", peer, rounds / 5, case=case, rounds=rounds, from_converged=1 / rounds))
     for B in (1, 4, 16, 64, 256, 1024):
-        rows.append(row("scaling", ours, 0.5 + 0.01 * B, B=B, axis="B", at=B))
+        rows.append(row("scaling", ours, 0.5 + 0.001 * B, B=B, axis="B", at=B))
     rows += [memory_row(ours, 0.0, 2.0), memory_row("log domain, eager", 24.0, None)]
     rows += [step_row("audio encoder", 1000.0), step_row("OT-Att", 1.0), step_row("decoder layers", 110.0, 32)]
     absent = {"Liger-Kernel mHC": {"it runs on CUDA only": ["a", "b"]}}
