@@ -17,6 +17,7 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top }
 th { border-bottom: 2px solid #8c959f }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+td:nth-child(n+3) { white-space: nowrap }
 figure { margin: 1rem 0 }
 figure svg { max-width: 100%; height: auto }
 figcaption { color: #57606a; font-size: 0.9rem }

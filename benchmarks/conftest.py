@@ -7,11 +7,10 @@ cuda`` or ``hpu`` time is the device's.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,17 +18,13 @@ import pytest
 import torch
 from conditions import conditions, file_name
 from field import field
-from limits import Limits, cache_bytes, memory_available
-from measured import Answers, Measured, inputs_of, mean_rounds
+from limits import Limits
+from measured import Measured, inputs_of, mean_rounds
 from peers import Compiler
-from timing import CLOCKS, Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row, shares
-from torch import Tensor
+from race import Extra, enter_all, rows, take_turns, why_not
+from timing import CLOCKS, shares
 
-FAR_OFF = 10  # times what is allowed: a peer this wrong does something else, and is not timed
 COMPILE_SECONDS = 120
-FEWEST, MOST, SLOW = 5, 400, 0.5  # turns of each contender; two where one takes SLOW seconds or more
-CHECK = 4e8  # entry-rounds of the largest check of an item on a CPU: ten seconds or so
-FULL_CHECK = 2e10
 ORDER = ("test_attend", "test_sinkhorn", "test_accuracy", "test_memory", "test_scaling", "test_step")
 
 
@@ -90,6 +85,10 @@ class Results:
         self.rows += rows
         self._write(limits)
 
+    def say_absent(self, case: str, absent: dict[str, str]) -> None:
+        for name, why in absent.items():
+            self.absent.setdefault(name, {}).setdefault(why, []).append(case)
+
     def leave_out(self, case: str, reason: str) -> NoReturn:
         """Says in the file too why a case was not run."""
         self.not_run[case] = reason
@@ -146,117 +145,39 @@ def race(
     """``race(measured, suite, ...)``: check every contender's answer, then time them in turn.
 
     The first contender is ours: pytest-benchmark shows it, and each of the others is timed once before every one of
-    its turns, so that all see the same state of the machine. What is checked is what a turn has computed, on CUDA
-    from its graph where it has one. A peer that fails or is far off is absent, with the reason; ours fails the test.
+    its turns, so that all see the same state of the machine. A peer that fails or is far off is absent, with the
+    reason; ours fails the test.
     """
     options = request.config.option
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         pytest.skip(f"torch finds no {device.type.upper()} device")
 
     def run(
-        measured: Measured, suite: str, *, only: Sequence[str] = (),
-        extra: Callable[[Any], dict[str, Any]] | None = None, **facts: Any,
-    ) -> None:  # fmt: skip
-        """``only``: names (or their beginnings) of those who take part, beside ours; ``extra``: of an answer, for its
-        row."""
+        measured: Measured, suite: str, *, only: tuple[str, ...] = (), extra: Extra | None = None, **facts: Any
+    ) -> None:
+        """``only``: how names begin of those who take part, beside ours."""
         case = str(measured)
-        if timed:
-            if reason := why_not(measured, device, options.full, results.spent):
-                results.leave_out(case, reason)
-        else:
+        if not timed:
             measured = measured.shrunk()
+        elif reason := why_not(measured, device, options.full, results.spent):
+            results.leave_out(case, reason)
         inputs = inputs_of(measured, device)
-        answers = Answers(measured, inputs)
         contenders, absent = field(measured, inputs, compiler, options.dry_run)
-        contenders = [c for c in contenders if not only or c is contenders[0] or c.name.startswith(tuple(only))]
-        entered: dict[str, tuple[Contender, Any, float, dict[str, Any]]] = {}
-        for contender in contenders:
-            try:
-                entered[contender.name] = enter(
-                    contender, inputs, measured.traffic, answers, not entered, extra, options.clock if timed else ""
-                )
-            except Exception as failure:  # whatever it has to say
-                if not entered or not (timed or isinstance(failure, TimeoutError)):
-                    raise  # ours, or it would go unnoticed
-                absent[contender.name] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
-        for name, why in absent.items():
-            results.absent.setdefault(name, {}).setdefault(why, []).append(case)
-        (ours, first, _, _), *_ = entered.values()
+        contenders = contenders[:1] + [c for c in contenders[1:] if c.name.startswith(only or "")]
+        entered, failed = enter_all(contenders, inputs, measured, options.clock if timed else "", extra)
+        results.say_absent(case, absent | failed)
+        ours = entered[0].contender
         if not timed:
             benchmark.pedantic(ours.call, args=tuple(ours.prepare(*inputs)), rounds=1)
             return
-        take_turns(benchmark, [turn for _, turn, _, _ in entered.values()], options.seconds, options.dry_run)
-        rounds = mean_rounds(measured, inputs, ours.name.split()[1].rstrip(","))
-        facts |= {"suite": suite, "rounds": rounds, "checked_items": answers.checked} | measured.facts
-        work = measured.traffic, measured.flops(rounds)
-        rows = []
-        for contender, turn, error, more in entered.values():
-            one = row(case, contender, turn, first, error) | facts | more
-            rows.append(one | rates(one["median_ms"], *work) if contender.answers else one)
+        take_turns(benchmark, [one.turn for one in entered], options.seconds, options.dry_run)
         limits.again()
-        results.add(rows, limits)
-        benchmark.extra_info.update({one["contender"]: one["median_ms"] for one in rows})
+        rounds = mean_rounds(measured, inputs, ours.name.removeprefix("otfuse "))
+        found = rows(case, measured, entered, rounds)
+        results.add([one | facts | {"suite": suite} for one in found], limits)
+        benchmark.extra_info.update({one["contender"]: one["median_ms"] for one in found})
 
     return run
-
-
-def why_not(measured: Measured, device: torch.device, full: bool, spent: bool) -> str:
-    """The reason to leave a measurement out; empty where there is none."""
-    if spent:
-        return "the time for all was spent (--minutes)"
-    if 8 * measured.traffic > memory_available(device):
-        return f"it needs some {8 * measured.traffic / 1e9:.1f} GB of memory, more than is free here"
-    if device.type == "cpu" and measured.check_entry_rounds > (FULL_CHECK if full else CHECK):
-        return f"the check in float64 alone would take {measured.check_entry_rounds / 3e7:.0f} s or so" + (
-            "" if full else " (--full allows more)"
-        )
-    return ""
-
-
-def enter(
-    contender: Contender, inputs: tuple[Tensor, ...], traffic: int, answers: Answers, ours: bool,
-    extra: Callable[[Any], dict[str, Any]] | None, clock: str,
-) -> tuple[Contender, Any, float, dict[str, Any]]:  # fmt: skip
-    """A contender, its turn, how far off what it computed is (NaN where that is no answer), and what else is of it.
-
-    Without a ``clock`` there is no turn.
-    """
-    device, turn = inputs[0].device, None
-    if not clock:
-        outputs = contender.call(*contender.prepare(*inputs))
-    else:
-        copies = copies_beyond_cache(inputs, traffic, cache_bytes(device))
-        turn = HostTurn(contender, copies, clock) if device.type == "cpu" else device_turn(contender, copies, device)
-        outputs = turn.outputs[-1]
-    if device.type == "cpu" and turn is not None:
-        turn.outputs = []  # checked, and in the way of larger ones
-    if not contender.answers:
-        return contender, turn, math.nan, {}
-    tensors, answer = contender.read(outputs), answers.of(contender.follows)
-    off, allowed = answer.error(tensors), answer.allowed if ours else FAR_OFF * answer.allowed
-    assert off <= allowed, f"{contender.name} is off by {off:.3g}, allowed {allowed:.3g}: not timed"
-    return contender, turn, off, {} if extra is None else extra(tensors)
-
-
-def device_turn(contender: Contender, copies: list[tuple[Tensor, ...]], device: torch.device) -> DeviceTurn:
-    return DeviceTurn(contender, copies, getattr(torch, device.type))
-
-
-def take_turns(benchmark: Any, turns: list[Any], seconds: float, dry: bool) -> None:
-    """Each has an equal part of the time, some turns at least; who needs fewer of them spreads them over all."""
-    fewest = [2 if dry or turn.seconds > SLOW else FEWEST for turn in turns]
-    counts = [max(few, min(MOST, int(seconds / len(turns) / turn.seconds))) for few, turn in zip(fewest, turns)]
-    rounds = max(counts)
-    ours, *others = turns
-    current = itertools.count()
-
-    def others_first() -> None:
-        now = next(current)
-        for turn, count in zip(others, counts[1:]):
-            if now * count // rounds != (now - 1) * count // rounds:
-                turn.timed()
-
-    benchmark.pedantic(ours.timed, setup=others_first, rounds=rounds)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

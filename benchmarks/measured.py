@@ -135,7 +135,7 @@ class Answer:
         Added is a hundredth or so of a token: against the whole token a result without it would pass for right in
         bfloat16. Infinite where more of it is lacking than rounding takes away.
         """
-        found = [result[:: self.every].to(e) for result, e in zip(results, self.exact)]
+        found = [result[:: self.every].to(e.device).to(e.dtype) for result, e in zip(results, self.exact)]
         if self.missing(found) > self.lacking:
             return math.inf
         return self._worst(found, lambda off, added: off.norm() / added.norm())
@@ -162,7 +162,9 @@ class Answers:
         B, device = measured.case.B, inputs[0].device.type
         step = math.ceil(B * measured.check_entry_rounds / LARGEST_CHECK[device])
         self.every = min(B, max(1, step))
-        self.looked_at = [tensor[:: self.every] for tensor in inputs]
+        looked_at = [tensor[:: self.every] for tensor in inputs]
+        # A Gaudi has no float64: what is right is computed on its host.
+        self.looked_at = [tensor.cpu() for tensor in looked_at] if device == "hpu" else looked_at
         self.of = cache(self._of)
 
     @property

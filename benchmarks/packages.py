@@ -43,8 +43,7 @@ def packages(measured: Measured, device: torch.device) -> tuple[list[Contender],
 def pot_batch(measured: Measured, device: torch.device) -> Contender:
     from ot.batch import bregman_projection_batch
 
-    if measured.grad is not None:
-        raise Unable("timed without a backward only: by default its plan is a constant")
+    _only(measured.grad is None, "timed without a backward only: by default its plan is a constant")
 
     def solve(similarity: Tensor, epsilon: float, num_iters: int) -> Tensor:
         with similarity.device:  # it makes its first scalings wherever tensors are made by default

@@ -19,7 +19,7 @@ def test_step(request: pytest.FixtureRequest, results: Any, timed: bool, device:
         import lavcap  # noqa: F401
     except ImportError as missing:
         reason = f"{missing}: {step.WAY_OUT}"
-        results.absent.setdefault("lavcap", {})[reason] = ["training step"]
+        results.say_absent("training step", {"lavcap": reason})
         results.leave_out("training step", reason)
     if timed and results.spent:
         results.leave_out("training step", "the time for all was spent (--minutes)")

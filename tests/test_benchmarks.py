@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import otfuse
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-MODULES = ("cases", "field", "limits", "measured", "packages", "peers", "selection", "timing")
+MODULES = ("cases", "field", "limits", "measured", "packages", "peers", "race", "selection", "timing")
 CPU = torch.device("cpu")
 
 
@@ -25,12 +24,7 @@ CPU = torch.device("cpu")
 def suite(monkeypatch):
     """The modules of benchmarks, by name; they are no package."""
     monkeypatch.syspath_prepend(FOLDER)
-    found = {name: importlib.import_module(name) for name in MODULES}
-    # Under a name of its own: pytest has a conftest already.
-    spec = importlib.util.spec_from_file_location("conftest_of_benchmarks", FOLDER / "conftest.py")
-    found["conftest"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found["conftest"])
-    return found
+    return {name: importlib.import_module(name) for name in MODULES}
 
 
 def test_a_full_run_has_the_whole_table(suite):
@@ -85,11 +79,11 @@ def test_a_wrong_answer_has_no_time(suite):
     right = suite["measured"].ours(measured, "torch")
     wrong = suite["timing"].Contender("ours", lambda cost: (right(cost)[0] * (1 + 1e-5),))
     arguments = (inputs, 10**9, answers)
-    enter = suite["conftest"].enter
+    enter = suite["race"].enter
     with pytest.raises(AssertionError, match=r"ours is off by .* not timed"):
-        enter(wrong, *arguments, ours=True, extra=None, clock="wall")
-    *_, error, _ = enter(suite["timing"].Contender("ours", right), *arguments, ours=True, extra=None, clock="wall")
-    assert 0 <= error <= answers.of("rows first").allowed
+        enter(wrong, *arguments, ours=True, clock="wall")
+    entered = enter(suite["timing"].Contender("ours", right), *arguments, ours=True, clock="wall")
+    assert 0 <= entered.error <= answers.of("rows first").allowed
 
 
 def test_items_that_are_not_looked_at_do_not_matter(suite, monkeypatch):
@@ -125,7 +119,7 @@ class Pedantic:
 def test_turns_are_taken_in_between_and_shared_by_time(suite):
     seen: list[str] = []
     turns = [Turn("ours", 0.01, seen), Turn("peer", 0.01, seen), Turn("slow", 0.1, seen)]
-    suite["conftest"].take_turns(Pedantic(), turns, seconds=0.9, dry=False)
+    suite["race"].take_turns(Pedantic(), turns, seconds=0.9, dry=False)
     assert {name: seen.count(name) for name in ("ours", "peer", "slow")} == {"ours": 30, "peer": 30, "slow": 5}
     first, last = seen.index("slow"), len(seen) - 1 - seen[::-1].index("slow")
     assert last - first > 0.7 * len(seen), "spread over the whole time"
