@@ -5,9 +5,13 @@ PYTHON ?= python3
 # What to install torch from, ahead of everything else; "make TORCH=torch" takes the newest.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Of benchmarks: where results go, when to start no further case, and further options, as BENCH="--clock processor".
+RESULTS ?= benchmarks/results
+MINUTES ?= 15
+BENCH ?=
 export MPLBACKEND := Agg
 
-.PHONY: demo test compiler java check bench docs wheel clean
+.PHONY: demo test compiler java check bench report docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
@@ -31,7 +35,12 @@ check: .venv/dev
 	$(BIN)/mypy
 
 bench: .venv/bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable
+	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false $(BIN)/python -m pytest benchmarks --benchmark-enable \
+		--out $(RESULTS) --minutes $(MINUTES) $(BENCH)
+
+report: .venv/bench
+	$(BIN)/python benchmarks/report.py $(sort $(wildcard $(RESULTS)/*.json)) --page docs/measured.md \
+		--html build/measured.html --speed docs/images/speed.svg
 
 docs: .venv/demo
 	$(BIN)/python docs/make_api.py

@@ -12,9 +12,12 @@ if not torch.cuda.is_available():  # before Triton or otfuse is imported: they l
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tensors are: cpu (default) or cuda")
+    parser.addoption("--device", default="cpu", help="where tensors are: cpu (default), cuda or hpu")
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+    name = request.config.getoption("--device")
+    if name.startswith("hpu"):
+        pytest.importorskip("habana_frameworks.torch", reason="it comes with Intel's Gaudi containers")
+    return torch.device(name)

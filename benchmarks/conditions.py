@@ -1,4 +1,4 @@
-"""What a number is worth nothing without: machine, versions, commit, and how fast memory is here."""
+"""What a number is worth nothing without: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,25 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("otfuse", "torch", "numba", "numpy", "POT", "ott-jax", "jax")
-CUDA_PACKAGES = ("otfuse", "torch", "triton", "POT", "flash-sinkhorn")
+PACKAGES = (
+    "otfuse", "torch", "numba", "numpy", "triton", "POT", "geomloss", "ott-jax", "jax", "flash-sinkhorn",
+    "liger-kernel", "habana-torch-plugin",
+)  # fmt: skip
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-COPY_BYTES = 2**30  # of the source: many times any cache
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    packages = CUDA_PACKAGES if device.type == "cuda" else PACKAGES
+def conditions(device: torch.device, note: str = "", clock: str = "wall") -> dict[str, Any]:
+    """``note``: what the person who ran it has to say of the machine."""
     facts = {
         "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu(),
+        "device": device.type,
+        "machine": cpu() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device),
+        "note": note,
+        "clock": clock if device.type == "cpu" else "device",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit(),
     }
     return facts | {"gpu": _gpu(device)} if device.type == "cuda" else facts
@@ -37,7 +40,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def file_name(facts: dict[str, Any]) -> str:
     machine = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
-    place = machine if "gpu" in facts else f"{machine}-{facts['cores']}-cores"
+    place = machine if facts["device"] != "cpu" else f"{machine}-{facts['cores']}-cores"
     return f"{facts['date']}-{place}.json"
 
 
@@ -52,21 +55,6 @@ def commit() -> str:
     return _output("git", "rev-parse", "--short", "HEAD") + (
         "+changes" if _output("git", "status", "--porcelain", "-uno") else ""
     )
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy within the device's memory reads and writes."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return 2 * COPY_BYTES / statistics.median(seconds[2:])
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -9,9 +9,9 @@ benchmarks/run_gpu.sh OUT [--quick] [--dry-run] [--minutes N] [--commit ID]
 Runs on this machine's GPU and leaves in the folder OUT:
   log.txt            the machine, then every step's output
   steps.tsv          name, exit code and seconds of every step
-  <date>-<gpu>.json  benchmarks with peers: rows and conditions (tables.md: the same as tables)
+  <date>-<gpu>.json  benchmarks with peers: rows and conditions
   profile.json       launches, host time, cost of rounds and tokens, what ncu and nsys say
-  time.svg, bandwidth.svg
+  report.md, images/ a page with pictures of it; report.html: the same as one file
   summary.txt        one screen of it, also printed at the end
 
 Steps: full tests, compute-sanitizer's memcheck and racecheck, benchmarks, profile, report. A step that fails or runs
@@ -155,11 +155,12 @@ sanitize() {
 }
 
 run_benchmarks() {
-  local which=(benchmarks/test_attend_gpu.py --seconds 0.4 --compile-seconds 40)
-  [ -z "$quick" ] || which+=(-k "lavcap-64x64 or lavcap-1024")
-  [ -z "$dry" ] || which=(benchmarks/test_attend_gpu.py --dry-run -k "bfloat16 or unroll" --seconds 0 --compile-seconds 0)
-  step benchmarks $(($(left) - 75)) "$python" -m pytest "${which[@]}" --device "$device" --benchmark-enable \
-    --out "$out" --commit "${commit:-unknown}" -q --durations=10
+  local limit=$(($(left) - 75))
+  local which=(benchmarks --seconds 0.4 --compile-seconds 40)
+  [ -z "$quick" ] || which+=(-k "test_attend and (lavcap-64x64 or lavcap-1024)")
+  [ -z "$dry" ] || which=(benchmarks/test_attend.py benchmarks/test_sinkhorn.py --dry-run -k "bfloat16 or unroll" --seconds 0)
+  step benchmarks "$limit" "$python" -m pytest "${which[@]}" --device "$device" --benchmark-enable \
+    --minutes $((limit > 60 ? limit / 60 : 1)) --out "$out" --commit "${commit:-unknown}" -q --durations=10
 }
 
 run_profile() {
@@ -170,8 +171,7 @@ report() {
   local results
   results=$(ls "$out"/*-*.json 2>/dev/null | tail -n 1)
   [ -n "$results" ] || { echo "no benchmark rows"; return 1; }
-  "$python" benchmarks/report.py "$results" >"$out/tables.md"
-  "$python" benchmarks/report.py "$results" --summary --plots "$out"
+  "$python" benchmarks/report.py "$results" --summary --page "$out/report.md" --html "$out/report.html"
 }
 
 # The last lines of a step's output.

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+ON_EVERY_DEVICE = ("Event", "Stream", "current_stream", "stream", "synchronize")
 CALL = 12e-6  # seconds that the stand-in takes for a call
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the script is for bash")
@@ -50,10 +52,10 @@ def test_every_step_runs_tiny(tmp_path):
     result = json.loads((tmp_path / "dry-run.json").read_text())
     assert result["conditions"]["commit"] == "abc123"
     ours = [row for row in result["rows"] if row["contender"] == "otfuse triton"]
-    assert {row["grad"] for row in ours} == {None, "unroll"}
+    assert {(row["op"], row["grad"]) for row in ours} == {("attend", None), ("attend", "unroll"), ("solve", "unroll")}
     assert all(row["error"] is not None and row["traffic_mb"] > 0 and row["gflop"] > 0 for row in ours)
     assert [size["grad"] for size in json.loads((tmp_path / "profile.json").read_text())["sizes"]] == [None, "unroll"]
-    assert "<svg" in (tmp_path / "time.svg").read_text()
+    assert "<svg" in (tmp_path / "report.html").read_text() and list((tmp_path / "images").glob("*.svg"))
     summary = (tmp_path / "summary.txt").read_text()
     assert summary in done.stdout and len(summary.splitlines()) <= 60
     assert all(name in summary for name, _ in steps[:-1])
@@ -118,11 +120,14 @@ def timing(monkeypatch):
     return timing
 
 
-@pytest.mark.parametrize("replayed", [True, False])
-def test_a_turn_takes_every_copy_alike(timing, monkeypatch, replayed):
+@pytest.mark.parametrize("api", ["replayed", "launched", "hpu"])
+def test_a_turn_takes_every_copy_alike(timing, monkeypatch, api):
     device = StandIn(monkeypatch)
     copies = [(torch.tensor(i),) for i in range(5)]
-    turn = timing.DeviceTurn(timing.Contender("ours", device.call, replayed), copies)
+    contender = timing.Contender("ours", device.call, api != "launched")
+    hpu = types.SimpleNamespace(**{name: getattr(torch.cuda, name) for name in ON_EVERY_DEVICE})
+    turn = timing.DeviceTurn(contender, copies, hpu if api == "hpu" else torch.cuda)
+    assert (turn.graph is not None) == (api == "replayed")
     assert len(turn.outputs) == 5, "all outputs of a pass are alive together"
     device.seen.clear()
     assert math.isclose(turn.timed(), turn.calls * CALL, rel_tol=1e-6)
@@ -141,16 +146,16 @@ def test_a_slow_contender_gets_fewer_copies(timing, monkeypatch):
 def test_copies_exceed_the_cache(timing):
     copies = timing.copies_beyond_cache((torch.zeros(4), torch.ones(2)), traffic=1_000, cache=50_000)
     assert len(copies) == 100 and len({copy[0].data_ptr() for copy in copies}) == 100
-    assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 2
+    assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 1
 
 
 def test_limits_are_read_from_the_rows(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import report
+    import gpu_summary
 
     def row(contender, B=64, grad=None, **values):
-        facts = {"size": "lavcap", "B": B, "dtype": "bfloat16", "grad": grad, "tol": None, "contender": contender}
-        return {**facts, **values}
+        facts = {"suite": "attend", "size": "lavcap", "B": B, "dtype": "bfloat16", "grad": grad, "tol": None}
+        return {**facts, "tokens": "clustered", "contender": contender, **values}
 
     rows = [
         row("otfuse triton", median_ms=0.0149),
@@ -158,7 +163,7 @@ def test_limits_are_read_from_the_rows(monkeypatch):
         row("otfuse triton, forward alone", grad="unroll", times_ours=0.25),
         row("otfuse triton", B=1024, share_of_copy=0.61),
     ]
-    lines = report.limits(rows)
+    lines = gpu_summary.limits(rows)
     assert [line.split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
     assert "14.9 (H200: <= 15)" in lines[0] and "4 (H200: <= 3.5)" in lines[2]
 
@@ -168,12 +173,12 @@ def test_the_check_misses_no_attend_in_bfloat16(monkeypatch, grad):
     """Most of an output is the token that came in: a kernel that adds nothing to it must not pass, nor NaN."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from cases import Case
-    from measured import Measured, answer, ours, tokens
+    from measured import Answers, Measured, inputs_of, ours
     from peers import with_gradient
 
     measured = Measured(Case("lavcap", 2, 64, 20, 128), torch.bfloat16, grad)
-    inputs = tokens(measured, torch.device("cpu"))
-    right, call = answer(measured, inputs), ours(measured, "torch")
+    inputs = inputs_of(measured, torch.device("cpu"))
+    right, call = Answers(measured, inputs).of("rows first"), ours(measured, "torch")
     results = call(*inputs) if grad is None else with_gradient(call)(*inputs)
     assert right.error(results) <= right.allowed
     first, second = inputs[-2:]

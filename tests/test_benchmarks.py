@@ -1,0 +1,173 @@
+"""The suite of benchmarks: what it chooses, who takes part, that a wrong answer has no time, how turns are shared."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import otfuse
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+MODULES = ("cases", "field", "limits", "measured", "packages", "peers", "race", "selection", "timing")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The modules of benchmarks, by name; they are no package."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return {name: importlib.import_module(name) for name in MODULES}
+
+
+def test_a_full_run_has_the_whole_table(suite):
+    found = suite["selection"].attends("cpu", full=True)
+    sizes = {(m.case.name, m.case.B, m.case.N, m.case.M, m.case.D) for m in found}
+    assert {("lavcap", B, 64, 20, 768) for B in (4, 32, 64, 256)} <= sizes
+    assert {("lavcap_patches", B, 256, 20, 768) for B in (8, 64)} | {("long_video", 8, 1024, 512, 768)} <= sizes
+    assert {("matching", 4, 2048, 2048, 256)} | {
+        ("large", 1, n, n, D) for n in (4096, 16384) for D in (64, 768)
+    } <= sizes
+    options = {(m.grad, m.dtype_name, m.kind, m.tol) for m in found if m.case == suite["cases"].lavcap(64)}
+    assert len(options) == 4 * 3 * 2 * 2
+    solves = {(m.case.name, m.case.B, m.case.N) for m in suite["selection"].solves("cpu", full=True)}
+    assert {("many_small", B, side) for B in (65_536, 1_048_576) for side in (4, 8)} <= solves
+    axes = suite["selection"].axes("cuda")
+    ends = {axis: (points[0], points[-1]) for axis in ("B", "N = M", "rounds", "D") if (points := sorted(
+        at for name, at, _ in axes if name == axis))}  # fmt: skip
+    assert ends["B"] == (1, 4096) and ends["N = M"] == (8, 16384) and {"rounds", "D"} <= ends.keys()
+
+
+def test_everybody_takes_part_or_says_why_not(suite):
+    measured = suite["measured"].Measured(suite["cases"].Case("small", 2, 8, 8, 0, T=4), op="solve")
+    inputs = suite["measured"].inputs_of(measured, CPU)
+    present, absent = suite["field"].field(measured, inputs, suite["peers"].Compiler(0))
+    names = {contender.name for contender in present}
+    assert {f"otfuse {name}" for name in otfuse.backends()} <= names | absent.keys()
+    assert set(suite["packages"].SOLVERS) <= names | absent.keys() and not names & absent.keys()
+    assert all(absent.values()) and "interpreter or emulator" in absent["otfuse triton"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Liger's imports
+@pytest.mark.parametrize("side", [4, 8])
+def test_liger_computes_the_same_plan(suite, side):
+    """In Triton's interpreter: what its row would hold on a GPU is right."""
+    pytest.importorskip("liger_kernel", reason="Liger-Kernel is not installed")
+    if not suite["packages"]._interpreted():
+        pytest.skip("here its kernels run on the GPU, in the benchmarks themselves")
+    measured = suite["measured"].Measured(suite["cases"].many_small(3, side), op="solve")
+    measured = replace(measured, case=replace(measured.case, T=4))
+    inputs = suite["measured"].inputs_of(measured, CPU)
+    contender = suite["packages"].liger(measured, CPU)
+    answer = suite["measured"].Answers(measured, inputs).of(contender.follows)
+    plan = contender.read(contender.call(*contender.prepare(*inputs)))
+    assert answer.error(plan) <= answer.allowed
+    assert not answer.error((plan[0].mT,)) <= answer.allowed
+
+
+def test_a_wrong_answer_has_no_time(suite):
+    measured = suite["measured"].Measured(suite["cases"].Case("small", 2, 8, 6, 16, T=4), op="solve")
+    inputs = suite["measured"].inputs_of(measured, CPU)
+    answers = suite["measured"].Answers(measured, inputs)
+    right = suite["measured"].ours(measured, "torch")
+    wrong = suite["timing"].Contender("ours", lambda cost: (right(cost)[0] * (1 + 1e-5),))
+    arguments = (inputs, 10**9, answers)
+    enter = suite["race"].enter
+    with pytest.raises(AssertionError, match=r"ours is off by .* not timed"):
+        enter(wrong, *arguments, ours=True, clock="wall")
+    entered = enter(suite["timing"].Contender("ours", right), *arguments, ours=True, clock="wall")
+    assert 0 <= entered.error <= answers.of("rows first").allowed
+
+
+def test_items_that_are_not_looked_at_do_not_matter(suite, monkeypatch):
+    monkeypatch.setitem(suite["measured"].LARGEST_CHECK, "cpu", 8 * 6 * 4 * 2)
+    measured = suite["measured"].Measured(suite["cases"].Case("small", 6, 8, 6, 16, T=4), op="solve")
+    inputs = suite["measured"].inputs_of(measured, CPU)
+    answers = suite["measured"].Answers(measured, inputs)
+    assert answers.checked == 2 and answers.every == 3
+    answer, plan = answers.of("rows first"), suite["measured"].ours(measured, "torch")(*inputs)[0]
+    plan[1] = 0
+    assert answer.error((plan,)) <= answer.allowed
+    plan[3] = 0
+    assert not answer.error((plan,)) <= answer.allowed
+
+
+class Turn:
+    """Takes ``seconds``, and notes when it was timed."""
+
+    def __init__(self, name, seconds, seen):
+        self.name, self.seconds, self.seen = name, seconds, seen
+
+    def timed(self):
+        self.seen.append(self.name)
+
+
+class Pedantic:
+    def pedantic(self, function, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            function()
+
+
+def test_turns_are_taken_in_between_and_shared_by_time(suite):
+    seen: list[str] = []
+    turns = [Turn("ours", 0.01, seen), Turn("peer", 0.01, seen), Turn("slow", 0.1, seen)]
+    suite["race"].take_turns(Pedantic(), turns, seconds=0.9, dry=False)
+    assert {name: seen.count(name) for name in ("ours", "peer", "slow")} == {"ours": 30, "peer": 30, "slow": 5}
+    first, last = seen.index("slow"), len(seen) - 1 - seen[::-1].index("slow")
+    assert last - first > 0.7 * len(seen), "spread over the whole time"
+    assert "ours ours" not in " ".join(seen) and "peer peer" not in " ".join(seen)
+
+
+def test_limits_are_the_best_of_the_run(suite, monkeypatch):
+    limits = suite["limits"].Limits(CPU, small=True)
+    times = iter((3.0, 2.0, 5.0))
+    monkeypatch.setattr(limits, "_measured", lambda name, turns: next(times))
+    slow = limits.copy()
+    limits.again()
+    assert limits.copy() == pytest.approx(1.5 * slow)
+    limits.again()  # slower this time
+    assert limits.copy() == pytest.approx(1.5 * slow)
+    assert suite["limits"].Limits(CPU, small=True).product(torch.float32) > 0
+
+
+def test_shares_of_the_limit(suite):
+    limits = suite["limits"].Limits(CPU, small=True)
+    limits.best = {"copy": 2 * 2**12 / 10e9, "float32": 2 * 16**3 / 40e9}  # 10 GB/s and 40 GFLOP/s
+    row = {"dtype": "float32"} | suite["timing"].rates(2.0, traffic=10_000_000, flops=20_000_000)
+    assert row["gb_per_s"] == pytest.approx(5) and row["gflop_per_s"] == pytest.approx(10)
+    found = suite["timing"].shares(row, limits)
+    assert (found["share_of_copy"], found["share_of_product"]) == pytest.approx((0.5, 0.25))
+    assert found["limit"] == "copy" and found["share_of_limit"] == pytest.approx(0.5)
+    assert suite["timing"].shares({"dtype": "float32"}, limits) == {}
+
+
+def run_step(*arguments, without=()):
+    """In a fresh Python, where the packages of ``without`` cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({without!r})); sys.argv[1:] = {list(map(str, arguments))!r}"
+    code += f"; sys.path.insert(0, {str(FOLDER)!r}); import step; step.main()"
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+
+
+def test_a_step_without_lavcap_says_how_to_get_it(tmp_path):
+    done = run_step("--tiny", "--out", tmp_path, without=("lavcap", "lavcap.audio", "lavcap.audio.encoder"))
+    assert done.returncode == 1 and "pip install -e examples/lavcap" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_step(tmp_path):
+    pytest.importorskip("lavcap", reason="lavcap is not installed: pip install -e examples/lavcap")
+    done = run_step("--tiny", "--rounds", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*-step.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["contender"].split(" ")[0] for row in rows] == ["audio", "OT-Att", "OT", "projector", "decoder", "head"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1) and all(row["median_ms"] > 0 for row in rows[:2])
+    assert "<svg" in (tmp_path / "step.svg").read_text()
