@@ -7,6 +7,7 @@ differs, of all rows or of those that have all the words of ``--only WORD …``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -65,10 +66,10 @@ class Variant(NamedTuple):
     tokens: str  # pointers in the dtype of the tokens (or cost)
     solution: str  # those in the dtype of the solve
     constants: dict[str, Any]
-    everywhere: bool = True  # or in the classes of 64 x 32 and 128 x 64 only
+    everywhere: bool = True  # or in the classes of 64 x 32 and 128 x 128 only
 
 
-_SOLUTION = "f_ptr g_ptr error_ptr history_ptr state_ptr"
+_SOLUTION = "f_ptr g_ptr error_ptr history_ptr"
 _WEIGHTS = "a_ptr b_ptr "
 _TOKENS = {"COSINE": True, "BARYCENTRIC": False, "PRECISION": "ieee"}
 _COST = {"COSINE": False, "BARYCENTRIC": False, "PRECISION": "ieee"}
@@ -93,18 +94,18 @@ VARIANTS = {
     "backward": Variant(
         *_BACKWARD,
         "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
-        "history_ptr state_ptr",
+        "history_ptr",
         _TOKENS | {"MODE": 1},
     ),
     "backward, implicit": Variant(
         *_BACKWARD,
         _WEIGHTS + "grad_a_ptr grad_b_ptr x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
-        "history_ptr state_ptr",
+        "history_ptr",
         _TOKENS | {"MODE": 2, "BARYCENTRIC": True},
         False,
     ),
     "backward, cost": Variant(
-        *_BACKWARD, "cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr state_ptr", _COST | {"MODE": 1}, False
+        *_BACKWARD, "cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr", _COST | {"MODE": 1}, False
     ),
     "similarity": Variant(
         "attend",
@@ -129,11 +130,11 @@ VARIANTS = {
 
 # A tile of every class, and thin ones, whose blocks of tokens are the largest that are launched.
 TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-THIN = {"float64": [(256, 32)], "float32": [(512, 32)], "bfloat16": [(256, 32)], "float16": [(512, 16)]}
+THIN = {"float64": [(256, 32)], "float32": [(512, 32)], "bfloat16": [(512, 32)], "float16": [(512, 32)]}
 SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
 
 # The other variants: in two dtypes and two classes.
-SAMPLED = {"float32": [(64, 32), (128, 64)], "bfloat16": [(64, 32), (128, 64)]}
+SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
 
 
 def rows() -> list[Row]:
@@ -143,12 +144,12 @@ def rows() -> list[Row]:
         Row(name, dtype, tile, target)
         for name in names
         for dtype in DTYPES
-        for tile in _tiles(VARIANTS[name], dtype)
+        for tile in tiles(VARIANTS[name], dtype)
         for target in TARGETS
     ]
 
 
-def _tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
+def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
     if not variant.everywhere:
         return SAMPLED.get(dtype, [])
     sizes = CLASSES[variant.configured][dtype]
@@ -158,16 +159,8 @@ def _tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
 
 
 def must_not_spill(row: Row) -> bool:
-    """Forward kernels up to 64 x 32, and with tokens up to 128 x 64 (float64 64 x 64) on sm_80, sm_90 and gfx942.
-
-    Beyond, a thread's share of two tiles, which the logarithmic form needs, is more than its registers: what spills
-    there is pinned by the table.
-    """
-    N, M = row.tile
-    largest = 4096 if row.dtype == "float64" else 8192
-    if row.target == "sm_100" or row.variant == "forward, cost":
-        largest = 2048
-    return VARIANTS[row.variant].configured == "forward" and largest >= N * M and max(N, M) <= 256
+    """Forward kernels never; what a backward kernel spills is pinned by the table."""
+    return VARIANTS[row.variant].configured == "forward"
 
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
@@ -223,7 +216,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _try_row(row: Row, configuration: dict[str, int] | None) -> Resources | str:
+def try_row(row: Row, configuration: dict[str, int] | None) -> Resources | str:
     try:
         return compile_row(row, configuration)
     except Exception as error:  # one row that does not compile is a finding, and hides no other
@@ -233,11 +226,18 @@ def _try_row(row: Row, configuration: dict[str, int] | None) -> Resources | str:
 def compile_rows(
     wanted: Sequence[Row], configurations: Sequence[dict[str, int] | None] | None = None, processes: int = 2
 ) -> Iterator[Resources | str]:
-    """The resources of each row, or why it does not compile. Nothing is taken from the disk cache."""
+    """The resources of each row, or why it does not compile."""
+    with compiling(processes) as pool:
+        yield from pool.map(try_row, wanted, configurations or [None] * len(wanted))
+
+
+@contextlib.contextmanager
+def compiling(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile anew: nothing is taken from the disk cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_try_row, wanted, configurations or [None] * len(wanted))
+            yield pool
 
 
 def problems(row: Row, found: Resources | str) -> list[str]:
@@ -315,7 +315,7 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
-def make_table() -> list[str]:
+def make_table(processes: int) -> list[str]:
     """Writes the table as it grows, keeping the rows whose sources have not changed. What is wrong with it."""
     sources = sources_hashes()
     old = load_table() if RESOURCES.exists() else {"triton": None}
@@ -323,7 +323,7 @@ def make_table() -> list[str]:
     found = {row: resources for row, resources in kept.items() if resources}
     missing = [row for row in kept if row not in found]
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
-    for row, resources in zip(missing, compile_rows(missing)):
+    for row, resources in zip(missing, compile_rows(missing, processes=processes)):
         wrong += problems(row, resources)
         if not isinstance(resources, str):
             found[row] = resources
@@ -350,9 +350,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
+    parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    wrong = check(wanted, load_table()) if options.check or options.only else make_table()
+    wrong = check(wanted, load_table()) if options.check or options.only else make_table(options.processes)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

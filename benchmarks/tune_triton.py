@@ -2,8 +2,8 @@
 
 ``python benchmarks/tune_triton.py [--only forward bfloat16 …]`` on a GPU: times the candidates of every kernel, dtype
 and size class, and writes the fastest, after its result has been held against the specification. With ``--ahead`` no
-GPU is needed: the candidate is taken that needs the least stack, then the fewest registers, on sm_90. Run
-benchmarks/ahead_of_time.py afterwards, and review what changed.
+GPU is needed: the first candidate is taken, for every target, of which no tile of the class has a stack, or else the
+one with the least. Run benchmarks/ahead_of_time.py afterwards, and review what changed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import ahead_of_time
 import torch
-from ahead_of_time import KERNELS, Row, compile_rows
+from ahead_of_time import KERNELS, Row, compiling, try_row
 
 import otfuse
 from otfuse.backends import _triton_configurations as configurations
@@ -33,25 +34,67 @@ Configuration = tuple[int, int, int]
 
 
 def candidates(dtype: str, size: int) -> list[Configuration]:
-    """BLOCK_D, num_warps, num_stages. Blocks of float32 and float64 beyond these cost a stack everywhere."""
-    features = {"float64": (16,), "float32": (16, 32)}.get(dtype, (16, 32, 64))
-    warps = (4,) if size <= 512 else (4, 8) if size <= 2048 else (8, 16)
-    return list(itertools.product(features, warps, (1, 2)))
+    """BLOCK_D, num_warps, num_stages, in the order of ``--ahead``: large steps before small, few warps before many.
+
+    A tile of 8,192 entries leaves no registers for larger steps, nor for a second one in flight.
+    """
+    features = {"float64": (16, 8), "float32": (32, 16, 8)}.get(dtype, (64, 32, 16))
+    if size >= 8192:
+        return list(itertools.product(features[-2:], (8, 16), (1,)))
+    warps = (4, 2) if size <= 512 else (4, 8) if size <= 2048 else (8, 16)
+    return list(itertools.product(features, warps, (2, 1)))
 
 
-def cost_ahead(kernel: str, dtype: str, size: int) -> list[float]:
-    """What each candidate asks of an sm_90, the stack first; infinite where it does not fit."""
-    tile = REPRESENTATIVE[size]
-    row = Row(kernel, dtype, tile, "sm_90")
-    blocks = [_blocks(tile, candidate) for candidate in candidates(dtype, size)]
-    found = compile_rows([row] * len(blocks), blocks)
-    limit = configurations.SHARED_MEMORY[row.target]
-    return [
-        float("inf")
-        if isinstance(resources, str) or resources.shared > limit
-        else (resources.stack * 1e6 + resources.registers) * block["num_warps"]
-        for resources, block in zip(found, blocks)
+def choose_ahead(kernel: str, dtype: str, size: int, target: str) -> tuple[Configuration, int]:
+    """The first candidate without a stack whose tiles fit, or the one with the least stack; and how much it is."""
+    tiles = [
+        tile
+        for tile in ahead_of_time.tiles(ahead_of_time.VARIANTS[kernel], dtype)
+        if configurations.size_class(kernel, dtype, *tile) == size
     ]
+    best, least = candidates(dtype, size)[-1], sys.maxsize
+    for candidate in candidates(dtype, size):
+        most = 0
+        for tile in tiles:
+            if most < least:
+                most = max(most, _stack(Row(kernel, dtype, tile, target), candidate))
+        if most < least:
+            best, least = candidate, most
+        if least == 0:
+            break
+    return best, least
+
+
+def _stack(row: Row, candidate: Configuration) -> int:
+    """Bytes a thread; more than any where it does not compile or does not fit."""
+    found = try_row(row, _blocks(row.tile, candidate))
+    too_much = isinstance(found, str) or found.shared > configurations.SHARED_MEMORY[row.target]
+    return sys.maxsize - 1 if too_much else found.stack
+
+
+def tune_ahead(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
+    """Every target's own choice; what is not as on sm_90 is written down as an override."""
+    tasks = [(*task, target) for task in wanted for target in ahead_of_time.TARGETS]
+    with compiling(processes=6) as pool:
+        found = {}
+        for task, (chosen, stack) in zip(tasks, pool.map(choose_ahead, *zip(*tasks))):
+            found[task] = chosen
+            print(*task, chosen, f"stack {stack}", flush=True)
+    for (kernel, dtype, size, target), chosen in found.items():
+        everybody = found[kernel, dtype, size, "sm_90"]
+        table["configurations"][kernel][dtype][str(size)] = list(everybody)
+        own = table["overrides"].setdefault(target, {}).setdefault(kernel, {}).setdefault(dtype, {})
+        for name in [name for name in own if name == str(size) or "x" in name]:
+            del own[name]
+        if chosen != everybody:
+            own[str(size)] = list(chosen)
+    table["overrides"] = without_empty(table["overrides"])
+    write(table)
+
+
+def without_empty(table: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: without_empty(value) if isinstance(value, dict) else value for name, value in table.items()}
+    return {name: value for name, value in kept.items() if value != {}}
 
 
 def _blocks(tile: tuple[int, int], candidate: Configuration) -> dict[str, int]:
@@ -120,23 +163,29 @@ def write(table: dict[str, Any]) -> None:
     CONFIGURATIONS.write_text(text + "\n")
 
 
+def tune_measured(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
+    for kernel, dtype, size in wanted:
+        costs = cost_measured(kernel, dtype, size)
+        best = min(range(len(costs)), key=costs.__getitem__)
+        chosen = candidates(dtype, size)[best]
+        print(f"{kernel} {dtype} {size}: {chosen}, {costs[best]:g} ms", flush=True)
+        if costs[best] < float("inf"):
+            table["configurations"][kernel][dtype][str(size)] = list(chosen)
+            write(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ahead", action="store_true", help="by resources, without a GPU")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernel, dtype, class: those that match")
     options = parser.parse_args()
-    table = json.loads(CONFIGURATIONS.read_text())
-    for kernel, dtype in itertools.product(KINDS, ahead_of_time.DTYPES):
-        for size in configurations.CLASSES[kernel][dtype]:
-            if not set(options.only) <= {kernel, dtype, str(size)}:
-                continue
-            costs = (cost_ahead if options.ahead else cost_measured)(kernel, dtype, size)
-            best = min(range(len(costs)), key=costs.__getitem__)
-            chosen = candidates(dtype, size)[best]
-            print(f"{kernel} {dtype} {size}: {chosen}, {costs[best]:g}", flush=True)
-            if costs[best] < float("inf"):
-                table["configurations"][kernel][dtype][str(size)] = list(chosen)
-                write(table)
+    wanted = [
+        (kernel, dtype, size)
+        for kernel, dtype in itertools.product(KINDS, ahead_of_time.DTYPES)
+        for size in configurations.CLASSES[kernel][dtype]
+        if set(options.only) <= {kernel, dtype, str(size)}
+    ]
+    (tune_ahead if options.ahead else tune_measured)(wanted, json.loads(CONFIGURATIONS.read_text()))
 
 
 if __name__ == "__main__":

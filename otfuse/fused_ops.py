@@ -26,8 +26,8 @@ from otfuse.registration import register_autograd
 SOLVE = "float scale, int num_iters, float tol, int grad"
 ATTEND = f"Tensor x, Tensor y, Tensor? a, Tensor? b, bool cosine, bool barycentric, {SOLVE}"
 COST = f"Tensor cost, Tensor? a, Tensor? b, {SOLVE}"
-SOLUTION = "Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history, Tensor state"
-KEPT = "Tensor num_iters_run, Tensor history, Tensor state"
+SOLUTION = "Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
+KEPT = "Tensor num_iters_run, Tensor history"
 DETACH, UNROLL, IMPLICIT = range(3)
 MODES = {"detach": DETACH, "unroll": UNROLL, "implicit": IMPLICIT}
 
@@ -49,20 +49,21 @@ library.define(
 def new_solution(values: Tensor, N: int, M: int, num_iters: int, grad: int, history: bool) -> tuple[Tensor, ...]:
     """Room for SOLUTION in the solve dtype.
 
-    The history [B, kept, N + M] holds u and v (their logarithms where an item is solved in logarithms) of all rounds
-    for ``unroll``, of the last for the others; the state [B, 2] which form it was, and the shift of the log kernel.
+    The history [B, 2 + kept (N + M)] of an item holds one if it was solved in scalings, the log kernel's shift, and
+    u and v of all rounds for ``unroll``, of the last for the others: their logarithms where it was not.
     """
-    B = values.shape[0]
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    kept = 0 if not history else num_iters if grad == UNROLL else 1
+    shapes, num_iters_shape = solution_shapes(values.shape[0], N, M, num_iters, grad, history)
+    f, g, error, kept = (values.new_empty(shape, dtype=dtype) for shape in shapes)
+    return f, g, error, values.new_empty(num_iters_shape, dtype=torch.int32), kept
 
-    def new(*shape: int) -> Tensor:
-        return values.new_empty(shape, dtype=dtype)
 
-    return (
-        new(B, N), new(B, M), new(B), values.new_empty((B,), dtype=torch.int32),
-        new(B, kept, N + M), new(B if history else 0, 2),
-    )  # fmt: skip
+def solution_shapes(
+    B: int, N: int, M: int, num_iters: int, grad: int, history: bool
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int]]:
+    """Of SOLUTION: of what is in the solve dtype, and of num_iters."""
+    kept = 2 + (num_iters if grad == UNROLL else 1) * (N + M) if history else 0
+    return ((B, N), (B, M), (B,), (B, kept)), (B,)
 
 
 def new_attended(x: Tensor, y: Tensor, plan: bool, similarity: bool) -> tuple[Tensor, ...]:
@@ -120,10 +121,10 @@ class _Attend:
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[self.tensors : self.tensors + self.options]
-        never = output[-4:]  # marginal_error, num_iters, history, state
+        never = output[-3:]  # marginal_error, num_iters, history
         ctx.mark_non_differentiable(*self.constants(output, ctx.options[-1]), *never)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *output[-3:])
+        ctx.save_for_backward(*inputs[: self.tensors], *output[-2:])
 
     def constants(self, output: tuple[Tensor, ...], grad: int) -> Sequence[Tensor]:
         """A detached plan and its potentials pass no gradient on; the similarity does."""
@@ -133,7 +134,7 @@ class _Attend:
         inputs, kept = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
         if kept[1].shape[1] == 0:  # a transform's gradient, which could not be foreseen
             again = getattr(torch.ops.otfuse, self.name)(*inputs, *ctx.options, True, *self.unwanted)
-            kept = again[-3:]
+            kept = again[-2:]
         op = getattr(torch.ops.otfuse, f"{self.name}_backward")
         results = op(*inputs, *ctx.options, *kept, *grads[: self.outputs])
         nothing = [None] * (self.options + 1 + len(self.unwanted))

@@ -107,10 +107,10 @@ def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
     options = (None, None, True, False, 10.0, 5, -1.0, MODES[mode])
     matrix = (2, 13, 11)
     with Shapes() as shapes:
-        x_out, y_out, *_, rounds, history, state = backend.launch_attend(x, y, *options, True, False, False)
+        x_out, y_out, *_, rounds, history = backend.launch_attend(x, y, *options, True, False, False)
     assert (matrix in shapes.seen) == first and (2, 13, 24) in shapes.seen
     with Shapes() as shapes:
-        backend.launch_attend_backward(x, y, *options, rounds, history, state, x_out, y_out, None, None, None, None)
+        backend.launch_attend_backward(x, y, *options, rounds, history, x_out, y_out, None, None, None, None)
     assert matrix not in shapes.seen and (2, 13, 24) in shapes.seen
     with Shapes() as shapes:
         backend.launch_attend(x, y, *options, True, True, False)

@@ -9,47 +9,57 @@ import triton.language as tl
 from .rounds import (
     LN2,
     fits_one_piece,
+    flat,
+    load_live,
     load_marginals,
     log_kernel,
-    log_rounds,
+    log_sum,
+    log_weights,
     product,
-    scaling_rounds,
+    rounds_while,
     store_round,
+    tile_at,
     token_products,
+    unflat,
 )
 
 HISTORY_NONE = tl.constexpr(0)
 HISTORY_LAST = tl.constexpr(1)
 HISTORY_ALL = tl.constexpr(2)
 
+EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float32 that hold it
+
 
 @triton.jit
 def split(tile, LIKE: tl.constexpr):
-    """A float32 tile as high + low, each of which tensor cores multiply with LIKE's numbers without rounding it.
+    """A float32 tile as (high + low) unit, which tensor cores multiply with LIKE's numbers.
 
-    Two bfloat16 hold 16 bits of the tile. With float16 tokens, whose range is too small for weights, both parts are
-    tf32, in which float16 is exact. Other dtypes are not split.
+    Two bfloat16 hold 16 bits. Two float16 hold 22 of a row's largest entry, once the row has been brought into their
+    range by a power of two, which is ``unit``. Other dtypes are not split.
     """
+    unit = tl.full((tile.shape[0],), 1.0, tile.dtype)
+    high, low = tile, tile
     if LIKE == tl.bfloat16:
         high = tile.to(tl.bfloat16)
         low = (tile - high.to(tl.float32)).to(tl.bfloat16)
     elif LIKE == tl.float16:
-        high = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        low = tile - high
-    else:
-        high = tile
-        low = tile
-    return high, low
+        exponent = tl.max(tl.abs(tile), 1).to(tl.int32, bitcast=True) & EXPONENT
+        exponent = tl.maximum(exponent, 27 << 23)  # 2^-100: the inverse is not to overflow
+        tile *= ((254 << 23) - exponent).to(tl.float32, bitcast=True)[:, None] * 16384.0
+        unit = exponent.to(tl.float32, bitcast=True) / 16384.0
+        high = tile.to(tl.float16)
+        low = (tile - high.to(tl.float32)).to(tl.float16)
+    return high, low, unit
 
 
 @triton.jit
-def dot_split(high, low, tokens, total, PRECISION: tl.constexpr):
-    """``total + (high + low) @ tokens``."""
+def dot_split(high, low, unit, tokens, total, PRECISION: tl.constexpr):
+    """``total + unit (high + low) @ tokens``."""
     if tokens.dtype == tl.bfloat16:
         total = product(low, tokens, product(high, tokens, total, PRECISION), PRECISION)
     elif tokens.dtype == tl.float16:
-        wide = tokens.to(tl.float32)
-        total = product(low, wide, product(high, wide, total, "tf32"), "tf32")
+        scaled = product(low, tokens, product(high, tokens, tl.zeros_like(total), PRECISION), PRECISION)
+        total += scaled * unit[:, None]
     else:
         total = product(high, tokens, total, PRECISION)
     return total
@@ -62,15 +72,15 @@ def attend_side(
 ):  # fmt: skip
     """``out = x + factor (plan y)`` for features first … last - 1; x unchanged at padding, whatever it holds."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    high, low = split(plan, x_ptr.dtype.element_ty)
+    high, low, unit = split(plan, x_ptr.dtype.element_ty)
     features = tl.arange(0, BLOCK_D)
-    at_x = item * N * D + rows[:, None] * D + features[None, :]
-    at_y = item * M * D + columns[:, None] * D + features[None, :]
+    x_ptr, y_ptr, out_ptr = x_ptr + item * N * D, y_ptr + item * M * D, out_ptr + item * N * D
+    at_x, at_y = rows[:, None] * D + features[None, :], columns[:, None] * D + features[None, :]
     for start in range(first, last, BLOCK_D):
         in_D = (start + features < D)[None, :]
         y = tl.load(y_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
         x = tl.load(x_ptr + at_x + start, mask=(rows < N)[:, None] & in_D, other=0.0)
-        attended = dot_split(high, low, y, tl.zeros((BLOCK_N, BLOCK_D), plan.dtype), PRECISION)
+        attended = dot_split(high, low, unit, y, tl.zeros((BLOCK_N, BLOCK_D), plan.dtype), PRECISION)
         out = x.to(plan.dtype) + attended * factor[:, None] + poison
         tl.store(out_ptr + at_x + start, out.to(x.dtype), mask=(rows < N)[:, None] & in_D)
 
@@ -78,7 +88,7 @@ def attend_side(
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _attend_fwd_kernel(
     x_ptr, y_ptr, similarity_ptr, a_ptr, b_ptr,
-    x_out_ptr, y_out_ptr, plan_ptr, similarity_out_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr, state_ptr,
+    x_out_ptr, y_out_ptr, plan_ptr, similarity_out_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
     N, M, D, part_features, scale: tl.float64, num_iters, tol: tl.float64,
     COSINE: tl.constexpr, BARYCENTRIC: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,49 +106,71 @@ def _attend_fwd_kernel(
     else:
         DTYPE: tl.constexpr = tl.float64 if similarity_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    inside = (rows < N)[:, None] & (columns < M)[None, :]
-    entries = item * N * M + rows[:, None] * M + columns[None, :]
-
-    a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, N, M, BLOCK_N, BLOCK_M, DTYPE)
-    live = (a != 0)[:, None] & (b != 0)[None, :]
-    if similarity_ptr is None:
-        similarity, _, _ = token_products(
-            x_ptr + item * N * D, y_ptr + item * M * D, a != 0, b != 0, D,
-            COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
-        )  # fmt: skip
-    else:
-        similarity = tl.load(similarity_ptr + entries, mask=live, other=0.0).to(DTYPE)
-    if similarity_out_ptr is not None and part == 0:
-        tl.store(similarity_out_ptr + entries, similarity, mask=inside)
-
-    L, shift, range_L, poison = log_kernel(similarity, live, scale, DTYPE)
-    poison += total_a * 0 + total_b * 0
-    one_piece = fits_one_piece(range_L, a, b, DTYPE)
     if HISTORY != HISTORY_NONE:
-        history_ptr += item * (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M)
-    if one_piece:
-        K = tl.exp2(L - shift)
-        u, v, row_sums, t = scaling_rounds(
-            K, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
-        )
-        plan = K * u[:, None] * v[None, :]
-        log_u, log_v = tl.log2(tl.where(u == 0, 1.0, u)) - shift, tl.log2(tl.where(v == 0, 1.0, v))
-    else:
-        plan, log_u, log_v, row_sums, t = log_rounds(
-            L, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
-        )
-        u, v = log_u, log_v
+        history_ptr += item * (2 + (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M)) + 2  # two say which form
+
+    # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
+    # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.
+    K, poison, one_piece = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((), DTYPE), True
+    u, row_sums, log_u = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
+    v, log_v = tl.zeros((BLOCK_M,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
+    t, more = 0, True
+    while more:
+        # Plus zero, which the compiler cannot know: addresses are then not kept in registers through the rounds.
+        again_rows, again_columns = rows + tl.minimum(t, 0), columns + tl.minimum(t, 0)
+        live_x, live_y = load_live(a_ptr, item, again_rows, N), load_live(b_ptr, item, again_columns, M)
+        if similarity_ptr is None:
+            similarity, _, _ = token_products(
+                x_ptr + item * N * D, y_ptr + item * M * D, again_rows, again_columns, live_x, live_y, D,
+                COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+            )  # fmt: skip
+        else:
+            at, live = tile_at(again_rows, again_columns, M, live_x, live_y, BLOCK_N, BLOCK_M)
+            similarity = flat(tl.load(similarity_ptr + item * N * M + at, mask=live, other=0.0), BLOCK_N, BLOCK_M)
+            similarity = similarity.to(DTYPE)
+        if similarity_out_ptr is not None:
+            if part == 0 and t == 0:
+                at, inside = tile_at(again_rows, again_columns, M, rows < N, columns < M, BLOCK_N, BLOCK_M)
+                tl.store(similarity_out_ptr + item * N * M + at, unflat(similarity, BLOCK_N, BLOCK_M), mask=inside)
+        again_rows, again_columns = rows + tl.maximum(-t, 0), columns + tl.maximum(-t, 0)
+        a, b, _, _, _ = load_marginals(a_ptr, b_ptr, item, again_rows, again_columns, N, M, DTYPE)
+        L, shift, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
+        if t == 0:
+            one_piece = fits_one_piece(range_L, a, b, DTYPE)
+            if one_piece:
+                log_u -= shift
+            else:
+                log_u = log_weights(a) - log_sum(L, log_v, 1)
+        if not one_piece:
+            log_v = log_weights(b) - log_sum(L, log_u, 0)
+            if t == 0:
+                if HISTORY == HISTORY_ALL:
+                    store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
+                t += 1
+        K = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+        u, v, row_sums, t, more = rounds_while(
+            K, a, b, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
+            STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+        if more:
+            log_u += log_weights(u)
+    plan = K * u[:, None] * v[None, :]
     # Loaded again: kept through the rounds, they would cost registers that a tile of 128 x 128 does not leave.
-    a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, N, M, BLOCK_N, BLOCK_M, DTYPE)
+    a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE)
+    poison += total_a * 0 + total_b * 0
     if part == 0:
+        shift = tl.where(one_piece, tl.max(-log_u), 0.0)
+        log_u += log_weights(u)
+        log_v += log_weights(v)
         if HISTORY == HISTORY_LAST:
-            store_round(history_ptr, 0, u, v, N, M, part, BLOCK_N, BLOCK_M)
+            kept_u, kept_v = tl.where(one_piece, u, log_u), tl.where(one_piece, v, log_v)
+            store_round(history_ptr, 0, kept_u, kept_v, N, M, part, BLOCK_N, BLOCK_M)
         if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
             for rest in range(t, num_iters):
                 store_round(history_ptr, rest, tl.zeros_like(u), tl.zeros_like(v), N, M, part, BLOCK_N, BLOCK_M)
         if HISTORY != HISTORY_NONE:
-            tl.store(state_ptr + 2 * item, tl.where(one_piece, 1.0, 0.0))
-            tl.store(state_ptr + 2 * item + 1, tl.where(one_piece, shift, 0.0))
+            tl.store(history_ptr - 2, tl.where(one_piece, 1.0, 0.0))
+            tl.store(history_ptr - 1, shift)
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
         f = tl.where(a == 0, float("-inf"), log_u * unit) + poison
         g = tl.where(b == 0, float("-inf"), log_v * unit) + poison
@@ -147,7 +179,8 @@ def _attend_fwd_kernel(
         tl.store(error_ptr + item, tl.sum(tl.abs(row_sums - a)) + poison)
         tl.store(rounds_ptr + item, tl.where(has_mass, t, 0))
         if plan_ptr is not None:
-            tl.store(plan_ptr + entries, plan + poison, mask=inside)
+            at, inside = tile_at(rows, columns, M, rows < N, columns < M, BLOCK_N, BLOCK_M)
+            tl.store(plan_ptr + item * N * M + at, unflat(plan + poison, BLOCK_N, BLOCK_M), mask=inside)
 
     if x_out_ptr is not None:
         # The maps are the plan times a factor for each row, for each column: it multiplies what was attended to.
@@ -180,7 +213,8 @@ def _similarity_kernel(
     if b_ptr is not None:
         live_y = live_y & (tl.load(b_ptr + item * M + columns, mask=live_y, other=0) != 0)
     similarity, _, _ = token_products(
-        x_ptr + (item * N + row) * D, y_ptr + (item * M + column) * D, live_x, live_y, D,
+        x_ptr + (item * N + row) * D, y_ptr + (item * M + column) * D, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M),
+        live_x, live_y, D,
         COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
     entries = item * N * M + rows[:, None] * M + columns[None, :]

@@ -148,16 +148,16 @@ def pull_side(
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     at_x = item * N * D + rows[:, None] * D + features[None, :]
     at_y = item * M * D + columns[:, None] * D + features[None, :]
-    plan_high, plan_low = split(plan, x_ptr.dtype.element_ty)
-    C_high, C_low = split(C, x_ptr.dtype.element_ty)
+    plan_high, plan_low, plan_unit = split(plan, x_ptr.dtype.element_ty)
+    C_high, C_low, C_unit = split(C, x_ptr.dtype.element_ty)
     for start in range(first, last, BLOCK_D):
         in_D = (start + features < D)[None, :]
         x = tl.load(x_ptr + at_x + start, mask=live_x[:, None] & in_D, other=0.0)
         y = tl.load(y_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
-        grad = dot_split(C_high, C_low, y, -pull[:, None] * x.to(plan.dtype), PRECISION)
+        grad = dot_split(C_high, C_low, C_unit, y, -pull[:, None] * x.to(plan.dtype), PRECISION)
         if grad_y_out_ptr is not None:
             grad_y_out = tl.load(grad_y_out_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
-            grad = dot_split(plan_high, plan_low, grad_y_out, grad, PRECISION)
+            grad = dot_split(plan_high, plan_low, plan_unit, grad_y_out, grad, PRECISION)
         grad = tl.where(live_x[:, None], grad, 0.0)
         if grad_x_out_ptr is not None:
             grad += tl.load(grad_x_out_ptr + at_x + start, mask=(rows < N)[:, None] & in_D, other=0.0).to(plan.dtype)
@@ -166,7 +166,7 @@ def pull_side(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _attend_bwd_kernel(
-    x_ptr, y_ptr, cost_ptr, a_ptr, b_ptr, rounds_ptr, history_ptr, state_ptr,
+    x_ptr, y_ptr, cost_ptr, a_ptr, b_ptr, rounds_ptr, history_ptr,
     grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr, grad_similarity_ptr, grad_f_ptr, grad_g_ptr,
     grad_x_ptr, grad_y_ptr, grad_cost_ptr, grad_a_ptr, grad_b_ptr,
     N, M, D, part_features, scale: tl.float64, num_iters,
@@ -185,7 +185,7 @@ def _attend_bwd_kernel(
         DTYPE: tl.constexpr = tl.float64 if cost_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     entries = item * N * M + rows[:, None] * M + columns[None, :]
-    a, b, total_a, total_b, _ = load_marginals(a_ptr, b_ptr, item, N, M, BLOCK_N, BLOCK_M, DTYPE)
+    a, b, total_a, total_b, _ = load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE)
     live_x, live_y = a != 0, b != 0
     live = live_x[:, None] & live_y[None, :]
     inverse_a, inverse_b = inverse(a), inverse(b)
@@ -221,9 +221,9 @@ def _attend_bwd_kernel(
 
     L, _, _, poison = log_kernel(similarity, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    one_piece, shift = tl.load(state_ptr + 2 * item) != 0, tl.load(state_ptr + 2 * item + 1)
+    history_ptr += item * (2 + (num_iters if MODE == UNROLL else 1) * (N + M)) + 2
+    one_piece, shift = tl.load(history_ptr - 2) != 0, tl.load(history_ptr - 1)
     num_rounds = tl.load(rounds_ptr + item)
-    history_ptr += item * (num_iters if MODE == UNROLL else 1) * (N + M)
     last = tl.maximum(num_rounds - 1, 0) if MODE == UNROLL else 0
     u, v = load_round(history_ptr, last, N, M, BLOCK_N, BLOCK_M)
     if one_piece:

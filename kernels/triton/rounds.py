@@ -13,6 +13,7 @@ An item is solved in one of two forms, chosen from its own range (docs/numerics.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -21,22 +22,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 RANGE32 = tl.constexpr(40.0)
 RANGE64 = tl.constexpr(300.0)
 
-# The interpreter (Triton 3.9) multiplies the bit patterns of bfloat16; float32 holds the same numbers.
-WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# The factor by which a scaling of the logarithmic form may grow or shrink before it is folded into K.
+GROWN = tl.constexpr(256.0)
+
+# Below every sum of a round but those of padding, whose 0 / 0 would be NaN.
+SMALLEST32 = tl.constexpr(1e-37)
+SMALLEST64 = tl.constexpr(1e-300)
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def product(left, right, total, PRECISION: tl.constexpr):
     """``total + left @ right``, summed in total's dtype."""
-    if WIDEN and left.dtype == tl.bfloat16:
+    # The interpreter (Triton 3.9) multiplies the bit patterns of bfloat16; float32 holds the same numbers.
+    if INTERPRETED and left.dtype == tl.bfloat16:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
-def load_weights(ptr, item, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def load_weights(ptr, item, index, size, DTYPE: tl.constexpr):
     """Weights [BLOCK] as passed, zero beyond the item, and their sum. None is one each; a mask is one or zero."""
-    index = tl.arange(0, BLOCK)
     inside = index < size
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
@@ -48,12 +55,19 @@ def load_weights(ptr, item, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_marginals(
-    a_ptr, b_ptr, item, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+def load_live(ptr, item, index, size):
+    """Which of an item's tokens have a weight that is not zero."""
+    live = index < size
+    if ptr is not None:
+        live = live & (tl.load(ptr + item * size + index, mask=live, other=0) != 0)
+    return live
+
+
+@triton.jit
+def load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE: tl.constexpr):
     """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
-    a, total_a = load_weights(a_ptr, item, N, BLOCK_N, DTYPE)
-    b, total_b = load_weights(b_ptr, item, M, BLOCK_M, DTYPE)
+    a, total_a = load_weights(a_ptr, item, rows, N, DTYPE)
+    b, total_b = load_weights(b_ptr, item, columns, M, DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
     total_a, total_b = tl.where(has_mass, total_a, 1.0), tl.where(has_mass, total_b, 1.0)
     # Beyond the item nothing may become NaN: what is there is taken for padding, and never loaded or stored.
@@ -72,15 +86,39 @@ def log_scale(scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def tile_at(rows, columns, M, live_x, live_y, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Offsets within an item's matrix, and where it is live, as [BLOCK_M / 16, BLOCK_N, 16].
+
+    In this order of dimensions a thread gets entries of about as many columns as rows. In two dimensions it would get
+    a column, and vectors along the rows as long as that.
+    """
+    columns = tl.expand_dims(tl.reshape(columns, (BLOCK_M // 16, 16)), 1)
+    live_y = tl.expand_dims(tl.reshape(live_y, (BLOCK_M // 16, 16)), 1)
+    return rows[None, :, None] * M + columns, live_x[None, :, None] & live_y
+
+
+@triton.jit
+def flat(tile, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What was loaded by ``tile_at``, as [BLOCK_N, BLOCK_M]."""
+    return tl.reshape(tl.permute(tile, (1, 0, 2)), (BLOCK_N, BLOCK_M))
+
+
+@triton.jit
+def unflat(tile, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What is to be stored by ``tile_at``."""
+    return tl.permute(tl.reshape(tile, (BLOCK_N, BLOCK_M // 16, 16)), (1, 0, 2))
+
+
+@triton.jit
 def token_products(
-    x_ptr, y_ptr, live_x, live_y, D, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, y_ptr, rows, columns, live_x, live_y, D, COSINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Similarity [BLOCK_N, BLOCK_M] of tokens from these addresses on, and their inverse norms, in one pass.
 
     Padding is not read. Without COSINE the norms are one.
     """
-    rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    features = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + rows[:, None] * D + features[None, :]
     y_ptrs = y_ptr + columns[:, None] * D + features[None, :]
     similarity = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
@@ -107,9 +145,10 @@ def inverse_norm(square):
 
 @triton.jit
 def log_kernel(similarity, live, scale, DTYPE: tl.constexpr):
-    """L [BLOCK_N, BLOCK_M], -inf at padding, where the similarity is to be zero; its largest entry; its range, in
+    """L [BLOCK_N, BLOCK_M], -inf at padding; its largest entry; its range, in
     natural logarithms; and zero or, if any entry is not finite, NaN."""
     high, low = log_scale(scale, DTYPE)
+    similarity = tl.where(live, similarity, 0.0)
     poison = tl.sum(tl.sum(similarity * 0.0, 1))
     L = tl.where(live, similarity * high + similarity * low, float("-inf"))
     largest = tl.max(tl.max(L, 1))
@@ -149,26 +188,56 @@ def load_round(history_ptr, t, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def scaling_rounds(
-    K, a, b, num_iters, tol, history_ptr, N, M, part,
+def divide(left, right):
+    """left / right to two units in the last place, for divisors between 2^-126 and 2^126: what sums of a round are."""
+    if INTERPRETED or left.dtype == tl.float64:
+        quotient = left / right
+    else:
+        quotient = libdevice.fast_dividef(left, right)
+    return quotient
+
+
+@triton.jit
+def rounds_while(
+    K, a, b, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
     STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """u, v, the row sums of the plan, and the rounds run, by scalings; keeps every round's u and v if ALL_ROUNDS."""
-    lift_a, lift_b = tl.where(a == 0, 1.0, 0.0).to(K.dtype), tl.where(b == 0, 1.0, 0.0).to(K.dtype)  # 0 / 0 is NaN
-    u, v = tl.zeros_like(a), tl.where(b == 0, 0.0, 1.0).to(K.dtype)
+    """Rounds in scalings of ``K = exp2(L + log_u + log_v)``, from round t on, until all are run, or an item is done, or
+    its scalings have grown and are to be folded into K: u, v, the row sums of the plan, t, whether more are to run.
+
+    Keeps every round's u and v if ALL_ROUNDS; their logarithms, K's own included, unless the item is in one piece.
+    """
+    smallest: tl.constexpr = SMALLEST64 if K.dtype == tl.float64 else SMALLEST32
+    u, v = tl.where(a == 0, 0.0, 1.0).to(K.dtype), tl.where(b == 0, 0.0, 1.0).to(K.dtype)
     rows = tl.sum(K * v[None, :], 1)
-    t, more = 0, num_iters > 0
-    while more:
-        u = a / (rows + lift_a)
-        v = b / (tl.sum(K * u[:, None], 0) + lift_b)
+    more = t < num_iters
+    if STOPS:  # the first round of the logarithmic form has been run
+        more = more & (one_piece | ~(tl.sum(tl.abs(rows - a)) < tol))
+    grown = 0
+    while more & (grown == 0):
+        u = divide(a, tl.maximum(rows, smallest))
+        v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), smallest))
         if ALL_ROUNDS:
-            store_round(history_ptr, t, u, v, N, M, part, BLOCK_N, BLOCK_M)
+            if one_piece:
+                store_round(history_ptr, t, u, v, N, M, part, BLOCK_N, BLOCK_M)
+            else:
+                store_round(
+                    history_ptr, t, log_u + log_weights(u), log_v + log_weights(v), N, M, part, BLOCK_N, BLOCK_M
+                )
         rows = tl.sum(K * v[None, :], 1)
         t += 1
         more = t < num_iters
         if STOPS:
             more = more & ~(tl.sum(tl.abs(u * rows - a)) < tol)
-    return u, v, u * rows, t
+        if not one_piece:
+            grown = tl.maximum(tl.max(has_grown(u)), tl.max(has_grown(v)))
+    return u, v, u * rows, t, more
+
+
+@triton.jit
+def has_grown(scalings):
+    """One where a scaling has left 1 / GROWN … GROWN, or else zero, as at padding."""
+    return tl.where((scalings > GROWN) | ((scalings != 0) & (scalings < 1 / GROWN)), 1, 0)
 
 
 @triton.jit
@@ -186,42 +255,3 @@ def log_sum(L, shift, AXIS: tl.constexpr):
 def log_weights(weights):
     """log2, zero at padding."""
     return tl.log2(tl.where(weights == 0, 1.0, weights))
-
-
-@triton.jit
-def log_rounds(
-    L, a, b, num_iters, tol, history_ptr, N, M, part,
-    STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The same where K in one piece is out of range: the plan, log_u, log_v, its row sums, and the rounds run.
-
-    The scalings so far are folded into the kernel, anew in every round, and a round's own u and v count from one: what
-    is summed are entries of a plan, and one plan serves all sums of a round, so that its marginals are exact to a
-    rounding although its entries are off by one of the logarithms.
-    """
-    lift_a, lift_b = tl.where(a == 0, 1.0, 0.0).to(L.dtype), tl.where(b == 0, 1.0, 0.0).to(L.dtype)
-    log_u = log_weights(a) - log_sum(L, tl.zeros_like(b), 1)
-    log_v = log_weights(b) - log_sum(L, log_u, 0)
-    if ALL_ROUNDS:
-        store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
-    u, v = tl.full((BLOCK_N,), 1.0, L.dtype), tl.full((BLOCK_M,), 1.0, L.dtype)
-    plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
-    rows = tl.sum(plan, 1)
-    t, more = 1, num_iters > 1
-    if STOPS:
-        more = more & ~(tl.sum(tl.abs(rows - a)) < tol)
-    while more:
-        log_u += log_weights(u)
-        log_v += log_weights(v)
-        plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
-        u = a / (tl.sum(plan, 1) + lift_a)
-        v = b / (tl.sum(plan * u[:, None], 0) + lift_b)
-        rows = u * tl.sum(plan * v[None, :], 1)
-        if ALL_ROUNDS:
-            store_round(history_ptr, t, log_u + log_weights(u), log_v + log_weights(v), N, M, part, BLOCK_N, BLOCK_M)
-        t += 1
-        more = t < num_iters
-        if STOPS:
-            more = more & ~(tl.sum(tl.abs(rows - a)) < tol)
-    plan = tl.exp2((L + log_u[:, None]) + log_v[None, :]) * u[:, None] * v[None, :]
-    return plan, log_u + log_weights(u), log_v + log_weights(v), rows, t

@@ -1,11 +1,14 @@
-"""Launching a Triton kernel that has been launched in the same way before, at a third of the host's time.
+"""Launching a Triton kernel that has been launched in the same way before, at a fraction of the host's time.
 
 ``kernel[grid](...)`` binds and specialises some forty arguments by name at every call. What comes of it depends on
-their kinds only, so here the compiled kernel is remembered by those, and called by position.
+their kinds only, so here the compiled kernel is remembered by those, and called by position. Room for results is made
+after models that are remembered too: ``torch.empty_like`` has nothing to parse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,31 +17,49 @@ from torch import Tensor
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)`` on the current device and stream.
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], device: torch.device
+) -> None:
+    """``kernel[grid](*arguments, **constants)`` on this device, which is the current one, and the current stream.
 
     ``constants`` are the kernel's compile-time parameters, in the kernel's order at the end, and Triton's options.
     """
-    key = (kernel, _device(arguments), *constants.values(), *[_kind(argument) for argument in arguments])
-    known = _compiled.get(key)
-    if known is None:
-        # Products may be fused with sums; said here, since Triton's own default is about to change.
-        compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True)
-        if compiled is not None:  # the interpreter compiles nothing
-            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    kinds, values = _kinds(arguments)
+    key = (kernel, device, *constants.values(), *kinds)
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, tail = found
+        compiled[(*grid, 1, 1)](*values, *tail)
         return
-    compiled, tail = known
-    compiled[(*grid, 1, 1)](*arguments, *tail)
+    # Products may be fused with sums; said here, since Triton's own default is about to change.
+    compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def _kind(argument: Any) -> Any:
-    """All that Triton's specialisation looks at."""
-    if isinstance(argument, Tensor):
-        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, argument < 2**31
-    return type(argument)
+def _kinds(arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """All that Triton's specialisation looks at, and the arguments, tensors as their addresses."""
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for argument in arguments:
+        value = argument
+        if argument is None or isinstance(argument, float):
+            kinds.append(argument is None)
+        elif isinstance(argument, int):  # one, and what 32 bits do not hold, are seldom passed
+            kinds.append(argument % 16 == 0 if 1 < argument < 2**31 else (argument,))
+        else:
+            value = argument.data_ptr()
+            kinds.append(argument.dtype if value % 16 == 0 else (argument.dtype,))
+        values.append(value)
+    return kinds, values
 
 
-def _device(arguments: tuple[Any, ...]) -> torch.device:
-    return next(argument.device for argument in arguments if isinstance(argument, Tensor))
+def new_like(models: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialised tensors of these shapes, dtypes and devices."""
+    return [torch.empty_like(model) for model in models]
+
+
+@lru_cache(maxsize=4096)
+def model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape that takes room for one number."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)

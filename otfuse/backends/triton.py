@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
-from otfuse.backends._triton_launch import launch
+from otfuse.backends._triton_launch import launch, model, new_like
 from otfuse.backends.base import Backend, is_installed
 from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
@@ -28,10 +28,10 @@ from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 LARGEST_TILE = {8: 8192, 4: 16384}  # by bytes of an entry of the solve
 
 # What keeps the blocks of tokens, beside the tile, within the shared memory of every GPU: the longest side, by bytes of
-# an entry, and the entries where tokens are float16, whose products need the plan in two parts of float32. (The worst
-# cases are the thin tiles in kernels/triton/resources.json.)
+# an entry. (The worst cases are the thin tiles in kernels/triton/resources.json.)
 LONGEST_SIDE = {8: 256, 4: 512}
-LARGEST_TILE_FLOAT16 = 8192
+
+_NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
 FEATURES = 64  # of the smallest part of an item
 
@@ -62,8 +62,6 @@ class TritonBackend(Backend):
         size = problem.solve_dtype.itemsize
         tokens, largest = problem.x is not None, LARGEST_TILE[size]
         dtype = str(problem.solve_dtype).removeprefix("torch.")
-        if tokens and problem.values.dtype == torch.float16:
-            largest, dtype = LARGEST_TILE_FLOAT16, "float16"
         sides = tile_side(N), tile_side(M)
         if sides[0] * sides[1] > largest:
             reasons.append(
@@ -118,107 +116,117 @@ def launch_attend(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
     num_iters: int, tol: float, grad: int, history: bool, plan: bool, similarity: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from otfuse.kernels.triton import attend
-
-    (B, N, D), M = x.shape, y.shape[1]
+    (B, N, D), M, dtype, device = x.shape, y.shape[1], x.dtype, x.device
     x, y, a, b = _contiguous(x, y, a, b)
-    outputs = fused_ops.new_attended(x, y, plan, similarity)
-    solution = fused_ops.new_solution(x, N, M, num_iters, grad, history)
+    models = _attend_models(B, N, M, num_iters, grad, history, plan, similarity, dtype, device)
+    outputs = (torch.empty_like(x), torch.empty_like(y), *new_like(models))
     if B == 0:
-        return *outputs, *solution
-    shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
-    blocks = _blocks("forward", x, tile_side(N), tile_side(M))
-    made = outputs[3]
-    with _on(x.device):
+        return outputs
+    shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)
+    blocks = _blocks("forward", dtype, tile_side(N), tile_side(M), device)
+    options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
+    precision = {"PRECISION": _precision(dtype)}
+    made = outputs[3] if similarity else None
+    with _on(device):
         if shape.similarity_first:
-            made = solution[0].new_empty(B, N, M)
-            tiles = _blocks("similarity", x, min(tile_side(N), 64), min(tile_side(M), 64))
+            made = outputs[4].new_empty(B, N, M) if made is None else made
+            tiles = _blocks("similarity", dtype, min(tile_side(N), 64), min(tile_side(M), 64), device)
             grid = (B, -(-N // tiles["BLOCK_N"]), -(-M // tiles["BLOCK_M"]))
             tokens = x, y, a, b, made, N, M, D
-            launch(attend._similarity_kernel, grid, tokens, COSINE=cosine, PRECISION=_precision(x), **tiles)
+            launch(_kernels().similarity, grid, tokens, {"COSINE": cosine, **precision, **tiles}, device)
         arguments = (
             x, y, made if shape.similarity_first else None, a, b,
-            *outputs[:2], _wanted(outputs[2]), None if shape.similarity_first else _wanted(outputs[3]),
-            *solution[:4], *map(_wanted, solution[4:]),
+            *outputs[:2], outputs[2] if plan else None, None if shape.similarity_first else made,
+            *outputs[4:8], outputs[8] if history else None,
             N, M, D, shape.features, scale, num_iters, tol,
         )  # fmt: skip
-        launch(
-            attend._attend_fwd_kernel, (B, shape.parts), arguments, COSINE=cosine, BARYCENTRIC=barycentric,
-            STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION=_precision(x), **blocks,
-        )  # fmt: skip
-    return *outputs[:3], made if similarity else outputs[3], *solution
+        launch(_kernels().attend_fwd, (B, shape.parts), arguments, {**options, **precision, **blocks}, device)
+    return outputs
+
+
+@lru_cache(maxsize=4096)
+def _attend_models(
+    B: int, N: int, M: int, num_iters: int, grad: int, history: bool, plan: bool, similarity: bool,
+    dtype: torch.dtype, device: torch.device,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Of all outputs of a launch but x and y: as fused_ops.new_attended and new_solution."""
+    solve = torch.float64 if dtype == torch.float64 else torch.float32
+    matrices = [model((B if wanted else 0, N, M), solve, device) for wanted in (plan, similarity)]
+    return *matrices, *_solution_models(B, N, M, num_iters, grad, history, dtype, device)
+
+
+@lru_cache(maxsize=4096)
+def _solution_models(
+    B: int, N: int, M: int, num_iters: int, grad: int, history: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """As fused_ops.new_solution."""
+    solve = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes, num_iters_shape = fused_ops.solution_shapes(B, N, M, num_iters, grad, history)
+    f, g, error, kept = (model(shape, solve, device) for shape in shapes)
+    return f, g, error, model(num_iters_shape, torch.int32, device), kept
 
 
 def launch_attend_backward(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, grad: int, rounds: Tensor, history: Tensor, state: Tensor, *grads: Tensor | None,
+    num_iters: int, tol: float, grad: int, rounds: Tensor, history: Tensor, *grads: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from otfuse.kernels.triton import attend_backward
-
     (B, N, D), M = x.shape, y.shape[1]
     x, y, a, b = _contiguous(x, y, a, b)
     gradients = fused_ops.new_gradients(x, y, a, b)
     if B == 0:
         return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
+    blocks = _blocks("backward", x.dtype, tile_side(N), tile_side(M), x.device)
+    options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
     with _on(x.device):
         arguments = (
-            x, y, None, a, b, *_contiguous(rounds, history, state), *_sent(*grads),
+            x, y, None, a, b, *_contiguous(rounds, history), *_sent(*grads),
             *gradients[:2], None, *map(_wanted, gradients[2:]),
             N, M, D, shape.features, scale, num_iters,
         )  # fmt: skip
-        launch(
-            attend_backward._attend_bwd_kernel, (B, shape.parts), arguments, COSINE=cosine, BARYCENTRIC=barycentric,
-            MODE=grad, PRECISION=_precision(x), **_blocks("backward", x, tile_side(N), tile_side(M)),
-        )  # fmt: skip
+        launch(_kernels().attend_bwd, (B, shape.parts), arguments, {**options, **blocks}, x.device)
     return gradients
 
 
 def launch_sinkhorn(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
 ) -> tuple[Tensor, ...]:
-    from otfuse.kernels.triton import attend
-
     B, N, M = cost.shape
     cost, a, b = _contiguous(cost, a, b)
-    plan, solution = torch.empty_like(cost), fused_ops.new_solution(cost, N, M, num_iters, grad, history)
+    models = _solution_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device)
+    plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
         return plan, *solution
+    blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
+    options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
     with _on(cost.device):
         arguments = (
-            None, None, cost, a, b, None, None, plan, None, *solution[:4], *map(_wanted, solution[4:]),
-            N, M, 0, 0, scale, num_iters, tol,
+            None, None, cost, a, b, None, None, plan, None, *solution[:4],
+            solution[4] if history else None, N, M, 0, 0, scale, num_iters, tol,
         )  # fmt: skip
-        launch(
-            attend._attend_fwd_kernel, (B, 1), arguments, COSINE=False, BARYCENTRIC=False,
-            STOPS=tol > 0, HISTORY=_history(grad, history), PRECISION="ieee",
-            **_blocks("forward", cost, tile_side(N), tile_side(M), tokens=False),
-        )  # fmt: skip
+        launch(_kernels().attend_fwd, (B, 1), arguments, {**options, **blocks}, cost.device)
     return plan, *solution
 
 
 def launch_sinkhorn_backward(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int,
-    rounds: Tensor, history: Tensor, state: Tensor, *grads: Tensor | None,
+    rounds: Tensor, history: Tensor, *grads: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from otfuse.kernels.triton import attend_backward
-
     B, N, M = cost.shape
     cost, a, b = _contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
         return gradients
     grad_plan, grad_f, grad_g = _sent(*grads)
+    blocks = _blocks("backward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
+    options = {**_NO_TOKENS, "MODE": grad, "PRECISION": "ieee"}
     with _on(cost.device):
         arguments = (
-            None, None, cost, a, b, *_contiguous(rounds, history, state), None, None, grad_plan, None, grad_f, grad_g,
+            None, None, cost, a, b, *_contiguous(rounds, history), None, None, grad_plan, None, grad_f, grad_g,
             None, None, gradients[0], *map(_wanted, gradients[1:]),
             N, M, 0, 0, scale, num_iters,
         )  # fmt: skip
-        launch(
-            attend_backward._attend_bwd_kernel, (B, 1), arguments, COSINE=False, BARYCENTRIC=False,
-            MODE=grad, PRECISION="ieee", **_blocks("backward", cost, tile_side(N), tile_side(M), tokens=False),
-        )  # fmt: skip
+        launch(_kernels().attend_bwd, (B, 1), arguments, {**options, **blocks}, cost.device)
     return gradients
 
 
@@ -258,21 +266,39 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class Kernels(NamedTuple):
+    similarity: Any
+    attend_fwd: Any
+    attend_bwd: Any
+
+
+@cache
+def _kernels() -> Kernels:
+    """Imported at the first launch: ``import otfuse`` does not import Triton."""
+    from otfuse.kernels.triton import attend, attend_backward
+
+    return Kernels(attend._similarity_kernel, attend._attend_fwd_kernel, attend_backward._attend_bwd_kernel)
+
+
 def _history(grad: int, history: bool) -> int:
     """attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
     return 0 if not history else 2 if grad == UNROLL else 1
 
 
-def _blocks(kernel: str, values: Tensor, BLOCK_N: int, BLOCK_M: int, tokens: bool = True) -> dict[str, int]:
-    """Block sizes, warps and stages for a tile of a kernel on these tokens; or costs, which are widened at once."""
-    dtype = values.dtype if tokens or values.dtype == torch.float64 else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    return block_sizes(kernel, name, BLOCK_N, BLOCK_M, target_of(values.device))
+def _solved_in(cost: Tensor) -> torch.dtype:
+    """Costs are widened as they are read: their kernels are configured as for the dtype that they solve in."""
+    return torch.float64 if cost.dtype == torch.float64 else torch.float32
 
 
-def _precision(tokens: Tensor) -> str:
+@lru_cache(maxsize=4096)
+def _blocks(kernel: str, dtype: torch.dtype, BLOCK_N: int, BLOCK_M: int, device: torch.device) -> dict[str, int]:
+    """Block sizes, warps and stages for a tile of a kernel on tokens of this dtype; not to be changed."""
+    return block_sizes(kernel, str(dtype).removeprefix("torch."), BLOCK_N, BLOCK_M, target_of(device))
+
+
+def _precision(tokens: torch.dtype) -> str:
     """Of products in float32: its own, unless torch has been told that tf32 will do."""
-    return "tf32" if tokens.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tokens == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -81,14 +81,12 @@ def launch_alignment_loss(
     outputs = _new_terms(plan)
     if B == 0:
         return outputs
-    blocks = _blocks("loss", plan, *_sides(N, M))
+    blocks = _blocks("loss", plan.dtype, *_sides(N, M), plan.device)
     grid = (B, -(-N // blocks["BLOCK_N"]) - (-M // blocks["BLOCK_M"]))
     arguments = plan, similarity, a, b, *outputs, N, M, 1 / temperature
+    options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
     with _on(plan.device):
-        launch(
-            loss._alignment_loss_fwd_kernel, grid, arguments,
-            ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
-        )  # fmt: skip
+        launch(loss._alignment_loss_fwd_kernel, grid, arguments, {**options, **blocks}, plan.device)
     return outputs
 
 
@@ -103,18 +101,16 @@ def launch_alignment_loss_backward(
     grad_plan, grad_similarity = plan.new_empty(plan.shape), similarity.new_empty(similarity.shape)
     if B == 0:
         return grad_plan, grad_similarity
-    blocks = _blocks("loss_backward", plan, *_sides(N, M))
+    blocks = _blocks("loss_backward", plan.dtype, *_sides(N, M), plan.device)
     grid = (B, -(-N // blocks["BLOCK_N"]), -(-M // blocks["BLOCK_M"]))
     arguments = (
         # A sum sends back one number, expanded: strides read it without a copy.
         plan, similarity, a, b, normaliser, grad_terms, grad_plan, grad_similarity, N, M, *grad_terms.stride(),
         1 / temperature,
     )  # fmt: skip
+    options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
     with _on(plan.device):
-        launch(
-            loss._alignment_loss_bwd_kernel, grid, arguments,
-            ASSIGNMENT=assignment, CONTRAST=contrast, MEAN=mean, PRECISION=_precision(plan), **blocks,
-        )  # fmt: skip
+        launch(loss._alignment_loss_bwd_kernel, grid, arguments, {**options, **blocks}, plan.device)
     return grad_plan, grad_similarity
 
 
