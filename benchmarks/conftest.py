@@ -7,6 +7,7 @@ cuda`` or ``hpu`` time is the device's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -102,7 +103,7 @@ class Results:
             self.facts = conditions(torch.device(self.options.device), self.options.note, self.options.clock)
             self.facts["commit"] = self.options.commit or self.facts["commit"]
             self.options.out.mkdir(parents=True, exist_ok=True)
-            self.path = self.options.out / ("dry-run.json" if self.options.dry_run else file_name(self.facts))
+            self.path = self.options.out / "dry-run.json" if self.options.dry_run else self._free_path()
         if limits is not None:
             self.rows = [row | shares(row, limits) for row in self.rows]  # of the best so far
             self.facts["limits"] = limits.facts()
@@ -110,6 +111,13 @@ class Results:
         result = {"conditions": self.facts, "rows": self.rows, "absent": self.absent, "not_run": self.not_run}
         assert self.path is not None
         self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def _free_path(self) -> Path:
+        """Of a day's second run the name ends in -2: results are added, never replaced."""
+        assert self.facts is not None
+        first = self.options.out / file_name(self.facts)
+        names = (first if count == 1 else first.with_stem(f"{first.stem}-{count}") for count in itertools.count(1))
+        return next(path for path in names if not path.exists())
 
 
 RESULTS: pytest.StashKey[Results] = pytest.StashKey()

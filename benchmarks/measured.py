@@ -159,22 +159,17 @@ class Answers:
 
     def __init__(self, measured: Measured, inputs: tuple[Tensor, ...]) -> None:
         self.measured = measured
-        B, device = measured.case.B, inputs[0].device.type
-        step = math.ceil(B * measured.check_entry_rounds / LARGEST_CHECK[device])
-        self.every = min(B, max(1, step))
+        device = inputs[0].device.type
+        self.every = looked_at_every(measured.case, measured.case.T, device)
         looked_at = [tensor[:: self.every] for tensor in inputs]
         # A Gaudi has no float64: what is right is computed on its host.
         self.looked_at = [tensor.cpu() for tensor in looked_at] if device == "hpu" else looked_at
         self.of = cache(self._of)
 
-    @property
-    def checked(self) -> int:
-        return len(self.looked_at[0])
-
     def _of(self, follows: str) -> Answer:
         if follows == CONVERGED:  # of the problem, whatever the number of rounds
             problem = replace(self.measured, case=replace(self.measured.case, T=1), tol=None)
-            return converged(problem, self.looked_at[0].device, self.every)
+            return converged(problem, self.looked_at[0].device)
         return self._after_rounds(follows)
 
     def _after_rounds(self, follows: str) -> Answer:
@@ -205,9 +200,15 @@ class Answers:
         return [tensor.double() for tensor in self.looked_at[-2:]]
 
 
+def looked_at_every(case: Case, rounds: int, device: str) -> int:
+    """Of how many items one is checked."""
+    return min(case.B, max(1, math.ceil(case.B * case.N * case.M * rounds / LARGEST_CHECK[device])))
+
+
 @lru_cache(maxsize=4)
-def converged(measured: Measured, device: torch.device, every: int) -> Answer:
+def converged(measured: Measured, device: torch.device) -> Answer:
     """The end of the way, for what gets there in its own way: any error is allowed."""
+    every = looked_at_every(measured.case, MOST_ROUNDS, device.type)
     inputs = [tensor[::every] for tensor in inputs_of(measured, device)]
     exact = specified(measured, CONVERGED)(*(tensor.double() for tensor in inputs))
     return Answer(exact, (0.0,), every=every)

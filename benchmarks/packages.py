@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 LOOPS = 32  # items of the largest batch for what goes through it in Python
+LARGEST = 2**18  # entries of the largest batch for what is slow on a CPU
 CONVERGES = 2**14  # entries of the largest item that is held against the end of the way
 HYPER = (2, 4, 8, 16)  # sides of the matrices that hyper-connections have
 
@@ -83,6 +84,8 @@ def geomloss(measured: Measured, device: torch.device) -> Contender:
     _only(measured.grad is None, "timed without a backward only")
     case = measured.case
     _only(case.N * case.M <= CONVERGES, "its rounds are of another kind, and the end of the way is far at this size")
+    few = case.B * case.N * case.M <= LARGEST or device.type != "cpu"
+    _only(few, "on a CPU it would take seconds at this size")
 
     def call(cost: Tensor) -> tuple[Tensor]:
         return (solve_batch(cost, reg=case.epsilon, max_iter=case.T).plan,)

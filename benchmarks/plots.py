@@ -17,6 +17,7 @@ COLOURS = {
     "three matrix products alone": "#dfe3e8",
 }  # fmt: skip
 OTHER = "#999999"
+WORSE = 100  # times our error: no longer the same answer
 SETTINGS = {
     "svg.hashsalt": "otfuse", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True,
@@ -52,7 +53,8 @@ def bars(rows: Sequence[Row], title: str, most: int = 6) -> str:
     entries = []  # (position, row)
     position = 0.0
     for group in groups:
-        ordered = sorted(group, key=lambda row: (not is_ours(row), row["median_ms"]))
+        ours, *others = group
+        ordered = [ours, *sorted(others, key=lambda row: (not is_ours(row), row["median_ms"]))]
         entries += [(position + index, row) for index, row in enumerate(ordered)]
         position += len(ordered) + 1.6
     figure, axes = _figure(8.6, 0.9 + 0.19 * position)
@@ -61,7 +63,7 @@ def bars(rows: Sequence[Row], title: str, most: int = 6) -> str:
         median, (low, high) = row["median_ms"], row["quartiles_ms"]
         axes.barh(at, median, color=colour(row["contender"]), height=0.8)
         axes.plot([low, high], [at, at], color="black", linewidth=0.8)
-        times = "" if row is _first(groups, row) else f"  ({row['times_ours']:.3g} ×)"
+        times = _beside(row, next(group[0] for group in groups if group[0]["case"] == row["case"]))
         axes.text(max(median, high) * 1.06, at, f"{median:.3g} ms{times}", va="center", fontsize=7.5)
     axes.set_yticks([at for at, _ in entries], [row["contender"] for _, row in entries], fontsize=7.5)
     for group in groups:
@@ -74,8 +76,13 @@ def bars(rows: Sequence[Row], title: str, most: int = 6) -> str:
     return _svg(figure)
 
 
-def _first(groups: Sequence[Sequence[Row]], row: Row) -> Row:
-    return next(group[0] for group in groups if group[0]["case"] == row["case"])
+def _beside(row: Row, ours: Row) -> str:
+    """How many times ours, and how far off, where that is another accuracy."""
+    if row is ours:
+        return ""
+    far = row["error"] is not None and ours["error"] is not None and row["error"] > WORSE * ours["error"]
+    off = f", off by {row['error']:.0e}" if far else ""
+    return f" ({row['times_ours']:.3g} ×{off})"
 
 
 def _heading(row: Row) -> str:
@@ -97,7 +104,7 @@ def shares(rows: Sequence[Row]) -> str:
         axes.barh(0, 0, color=colour_of, label=f"bound by the {'copy' if kind == 'copy' else 'matrix product'}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ours)), [f"{_heading(row)}{_stop(row)}" for row in ours], fontsize=7.5)
-    axes.set(xlabel="share of what this machine can do at most (1 = the limit measured in the same run)")
+    axes.set(xlabel="share of the limit, which was measured in the same run")
     axes.set_xlim(0, max(1.1, *(row["share_of_limit"] + 0.1 for row in ours)))
     axes.set_ylim(len(ours) - 0.4, -0.6)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)

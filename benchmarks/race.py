@@ -76,7 +76,9 @@ def enter(
     tensors, answer = contender.read(outputs), answers.of(contender.follows)
     off, allowed = answer.error(tensors), answer.allowed if ours else FAR_OFF * answer.allowed
     assert off <= allowed, f"{contender.name} is off by {off:.3g}, allowed {allowed:.3g}: not timed"
-    return Entered(contender, turn, off, {"checked_items": answers.checked} | ({} if extra is None else extra(tensors)))
+    return Entered(
+        contender, turn, off, {"checked_items": len(answer.exact[0])} | ({} if extra is None else extra(tensors))
+    )
 
 
 def begin(contender: Contender, inputs: tuple[Tensor, ...], traffic: int, clock: str) -> HostTurn | DeviceTurn:

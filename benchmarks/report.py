@@ -1,8 +1,8 @@
 """Result files for people: a page with pictures, a summary for a screen, what became slower.
 
-``python benchmarks/report.py FILE… --page PAGE.md`` writes a Markdown page, the last file first, and its pictures into
-``images/`` beside it, ``--html PAGE.html`` the same as one file that opens anywhere, ``--speed PICTURE.svg`` the
-picture of the README, from the last file. ``--compare OLD NEW`` says what became slower beyond the noise, and exits
+``python benchmarks/report.py FILE… --page PAGE.md`` writes a Markdown page, the latest file first, and its pictures
+into ``images/`` beside it, ``--html PAGE.html`` the same as one file that opens anywhere, ``--speed PICTURE.svg`` the
+picture of the README, from the latest file. ``--compare OLD NEW`` says what became slower beyond the noise, and exits
 with 1 if anything did. ``--summary`` prints a line for each case timed on a GPU, and the limits set for it.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--page", type=Path, help="Markdown page to write")
     parser.add_argument("--html", type=Path, help="HTML page to write, all in one file")
-    parser.add_argument("--speed", type=Path, help="picture (SVG) to write of the last file's main cases")
+    parser.add_argument("--speed", type=Path, help="picture (SVG) to write of the main cases")
     parser.add_argument("--summary", action="store_true", help="a line for each case timed on a GPU")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="what became slower")
     parser.add_argument("--all", action="store_true", help="with --compare: what stayed the same too")
@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(code)
     if not options.files:
         parser.error("no result files given")
-    results = [read(file) for file in options.files]
+    results = sorted((read(file) for file in options.files), key=lambda one: (one.conditions["date"], one.name))
     write(results, options)
 
 
@@ -53,7 +53,8 @@ def write(results: list[Result], options: argparse.Namespace) -> None:
         if options.html:
             options.html.write_text(html_page(blocks, TITLE), encoding="utf-8")
     if options.speed:
-        options.speed.write_text(speed(results[-1]), encoding="utf-8")
+        attended = [result for result in results if result.suite("attend")]
+        options.speed.write_text(speed((attended or results)[-1]), encoding="utf-8")
     if options.summary:
         print("\n\n".join(gpu_summary.summary(result) for result in results))
     if not (options.page or options.html or options.speed or options.summary):

@@ -75,8 +75,9 @@ def speed(result: Result) -> str:
     rows = [row for row in _common(result.suite("solve"), "solve", None) if (row["size"], row["B"]) in SPEED]
     attend = [row for row in _common(result.suite("attend"), "attend", None) if (row["size"], row["B"]) in SPEED[1:2]]
     facts = result.conditions
-    where_run = f"{facts['machine']}, {facts['threads']} thread(s), {facts['date']}"
-    return plots.bars(rows + attend, f"Milliseconds a call, and how many times ours. {where_run}")
+    clock = ", processor time" if facts.get("clock") == "processor" else ""
+    where_run = f"{facts['machine']}, {facts['threads']} thread(s){clock}, {facts['date']}"
+    return plots.bars(rows + attend, f"Milliseconds a call, and how many times ours\n({where_run})")
 
 
 def share(result: Result) -> list[Block]:

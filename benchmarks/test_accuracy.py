@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_curve(measured: Measured, race: Callable[..., None], timed: bool, device: torch.device) -> None:
     seen = measured if timed else measured.shrunk()
-    answer = converged(replace(seen, case=replace(seen.case, T=1)), device, every=1)
+    answer = converged(replace(seen, case=replace(seen.case, T=1)), device)
 
     def distance(tensors: Any) -> dict[str, float]:
         return {"from_converged": answer.error(tensors)}
