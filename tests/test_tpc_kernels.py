@@ -236,6 +236,15 @@ def test_an_item_has_the_same_bits_everywhere(solver: Callable[..., Solved]) -> 
     assert_solved(items.take(finite), Solved._make(t if t is None else t[finite] for t in together), 10, 1e-3)
 
 
+@pytest.mark.parametrize("solver", [solve, partial(solve_small, fold_every=1)], ids=["tiles", "lanes"])
+def test_weights_whose_product_is_flushed(solver: Callable[..., Solved]) -> None:
+    """1e-20 on both sides: between two folds a sum is 1e-40, below the smallest number there is."""
+    items = make(3, 8, 7, 0.01, "weights")
+    items.a[:, 3], items.b[:, 2] = 1e-20, 1e-20
+    items = items._replace(a=items.a / items.a.sum(1, keepdim=True), b=items.b / items.b.sum(1, keepdim=True))
+    assert_solved(items, solver(items, 20), 20)
+
+
 def test_what_padding_holds_does_nothing() -> None:
     items = make(3, 20, 9, 0.1, "masked")
     padding = (items.a == 0)[:, :, None] | (items.b == 0)[:, None, :]

@@ -49,8 +49,9 @@ void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
     float64 form = quotient((float64)MOST_BITS, v_f32_max_b(bits, (float64)1.0f));
     form = v_f32_nearbyint_b(form - 0.5f);
     form = v_f32_max_b(v_f32_min_b(form, (float64)MOST_ROUNDS), (float64)1.0f);
-    form = v_f32_sel_leq_f32_b(spread, (float64)MOST_SPREAD,
-                               v_f32_sel_leq_f32_b(with_weights, (float64)MOST_SPREAD_WITH_WEIGHTS, (float64)0.0f, form), form);
+    form = v_f32_sel_leq_f32_b(
+        spread, (float64)MOST_SPREAD,
+        v_f32_sel_leq_f32_b(with_weights, (float64)MOST_SPREAD_WITH_WEIGHTS, (float64)0.0f, form), form);
     // Nothing to be solved: no mass, or something that is not finite.
     form = where_positive(high.mass, form, (float64)0.0f);
     form = v_f32_sel_geq_f32_b(high.poison, (float64)0.0f, form, (float64)0.0f);
