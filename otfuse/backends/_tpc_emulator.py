@@ -32,8 +32,8 @@ HOW_TO_GET_ONE = "install g++"
 FLAGS = [
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-fno-exceptions",
     "-fno-rtti", "-fno-threadsafe-statics", "-fsanitize=bounds", "-fPIC", "-shared", "-fvisibility=hidden",
-    "-Wl,--as-needed", "-Wall", "-Werror", "-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-unused",
-    "-Wno-narrowing", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    "-Wl,--as-needed", "-Wno-unknown-warning-option", "-Wall", "-Werror", "-Wdouble-promotion",
+    "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-narrowing", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
 ]  # fmt: skip
 MAX_RANK = 5
 MAX_VLM, MAX_VLM_WITH_LOOKUP = 81920, 16384
@@ -316,7 +316,7 @@ def _library(path: Path, defines: tuple[str, ...], count: bool, other: bool) -> 
         digest.update(part.encode() + b"\0")
     target = cache_folder() / f"{path.stem}-{digest.hexdigest()[:24]}.so"
     if not target.exists():
-        _compile(found, flags, _translation_unit(path, text), target)
+        _compile(found, flags, _translation_unit(path, text), path.stem, target)
     return target
 
 
@@ -341,33 +341,33 @@ def _headers() -> tuple[str, ...]:
 def _preprocessed(compiler: str, path: Path, flags: Sequence[str]) -> str:
     """The source after macros and includes, in which names and declarations can be found."""
     defines = [flag for flag in flags if flag.startswith("-D")]
-    return _output([compiler, "-E", "-P", "-x", "c++", *defines, *_include("include"), str(path)], path)
+    return _output([compiler, "-E", "-P", "-x", "c++", *defines, *_include("include"), str(path)], path.stem)
 
 
 def _include(*folders: str) -> list[str]:
     return [f"-I{sources() / folder}" for folder in folders]
 
 
-def _output(command: Sequence[str], path: Path) -> str:
+def _output(command: Sequence[str], name: str) -> str:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise EmulatorError(path.stem, "compiles", f"{' '.join(command)} failed:\n{run.stderr}")
+        raise EmulatorError(name, "compiles", f"{' '.join(command)} failed:\n{run.stderr}")
     return run.stdout
 
 
-def _compile(compiler: str, flags: Sequence[str], unit: str, target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], unit: str, name: str, target: Path) -> None:
     """Compile beside the target and rename, so that no other process ever sees half a file."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".compile-", dir=target.parent)
     except OSError as error:
         raise EmulatorError(
-            target.stem, "cache", f"cannot write to {target.parent} ({error}); set XDG_CACHE_HOME to a folder of yours"
+            name, "cache", f"cannot write to {target.parent} ({error}); set XDG_CACHE_HOME to a folder of yours"
         ) from error
     try:
         source, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(unit)
-        _output([compiler, *flags, *_include("emulator", "include"), str(source), "-o", str(made)], target)
+        _output([compiler, *flags, *_include("emulator", "include"), str(source), "-o", str(made)], name)
         os.replace(made, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

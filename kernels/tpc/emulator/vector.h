@@ -29,7 +29,7 @@ template <class T, int N> class alignas(64) vec {
     template <class U, int M, class = std::enable_if_t<!std::is_same<vec<U, M>, vec>::value>>
     explicit vec(const vec<U, M>& other) {
         static_assert(sizeof(U) * M == sizeof(T) * N, "a cast between vectors keeps the bits");
-        std::memcpy(e, other.lanes(access()), sizeof e);
+        std::memcpy(e, (const void*)__builtin_addressof(other), sizeof e);
 #ifdef OTFUSE_TPC_COUNT
         ready = operand(other);
 #endif
@@ -52,8 +52,6 @@ template <class T, int N> class alignas(64) vec {
     Times& times() { return ready; }
     Times times() const { return ready; }
 #endif
-
-    const T* lanes(const access&) const { return e; }
 
     // A pointer to a vector is good for the vector's own bits only: *(int64*)&x, never *(float*)&x.
     class pointer {
@@ -198,7 +196,7 @@ EMU_FUNCTION uint64 operator~(const uint64& a) { return a ^ uint64(~0u); }
 #define EMU_MASK_OPERATOR(OPERATOR)                                                                   \
     EMU_FUNCTION bool64 operator OPERATOR(const bool64& a, const bool64& b) {                               \
         bool64 r;                                                                                     \
-        for (int l = 0; l < 64; l++) emu::lanes(r)[l] = emu::lanes(a)[l] OPERATOR emu::lanes(b)[l];   \
+        for (int l = 0; l < 64; l++) emu::lanes(r)[l] = (int)emu::lanes(a)[l] OPERATOR (int)emu::lanes(b)[l]; \
         EMU_ISSUE(r, "operator " #OPERATOR " of masks", VECTOR, emu::LATENCY_ADD, a, b);              \
         return r;                                                                                     \
     }
