@@ -10,7 +10,7 @@
 // Adjoints of log u and log v in local memory, behind the vectors of the forward.
 typedef struct {
   int du, dv;  // adjoints
-  int wu, wv;  // what a half round sends through K; where a kernel has none, room of its own
+  int wu, wv;  // what a half round sends through K
 } adjoints;
 
 static inline adjoints lay_out_adjoints(shape* s) {
@@ -88,10 +88,6 @@ static inline void weigh(shape s, vectors p, adjoints d, lifts l, range r, tenso
     const float64 sums = v_f32_mac_b(load_columns(s, grad_g, block, item), epsilon, folded);
     local[d.dv + block] = where_positive(local[p.b + block], sums, (float64)0.0f);
   }
-}
-
-static inline void clear(int first, int count) {
-  for (int k = 0; k < count; k++) local[first + k] = 0.0f;
 }
 
 // x / weight where there is any.

@@ -1,5 +1,4 @@
-// One item in local memory: its kernel matrix as tiles of 16 rows by 4 columns, and what the half rounds read and
-// write.
+// An item in local memory: its kernel matrix as tiles of 16 rows by 4 columns, and the products that half rounds are.
 //
 // Tile (r, c) is one vector: lane l of dual group d holds row 16 r + l, column W d + c, where W is the number of column
 // tiles. Row vectors ("blocks") hold 64 rows in order. Column blocks hold 16 column tiles: lane l of dual group d of
@@ -120,7 +119,7 @@ static inline four spread_rows(float64 x) {
   return y;
 }
 
-// ---- products of the matrix at 0 with a vector
+// ---- products of the matrix with a vector
 
 // Sums over the columns, sum_j K_ij w_j, for the rows of a block; w are the column blocks at `w`.
 static inline float64 times_columns(shape s, int block, int w) {

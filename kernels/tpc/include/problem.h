@@ -36,8 +36,6 @@ static inline void load_weights(shape s, vectors p, tensor a, tensor b, int item
   for (int k = 0; k < s.column_blocks; k++) local[p.b + k] = load_columns(s, b, k, item);
 }
 
-#define LEAST -3.0e38f
-
 // Four tiles of a block of rows to column tile c of the matrix at `matrix`.
 static inline void keep_tiles(shape s, int matrix, int block, int c, four x) {
   const int tile = matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;

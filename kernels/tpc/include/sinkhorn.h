@@ -191,16 +191,18 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
       if (x.form > 0) {
         RECORD(x, 0);
       }
+      int next_fold = x.form > 0 ? 1 + x.form : num_iters;
       for (int t = x.form > 0 ? 1 : 0; t < num_iters; t++) {
         if (t > 0 && tol > 0.0f) {
           const float64 error = row_error(x.s, x.p, lifts_of(x.form)) + x.r.poison;
           active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
         }
-        if (x.form > 0 && t > 1 && (t - 1) % x.form == 0) {
+        if (t == next_fold) {
           fold_rows(x.s, x.p, active);
           fold_columns(x.s, x.p, active);
           fill(x.s, x.p, x.r, values, item, active);
           update_sums(x.s, x.p);
+          next_fold += x.form;
         }
         one_round(x.s, x.p, lifts_of(x.form), active);
         x.rounds = x.rounds + active;

@@ -10,8 +10,6 @@
 #include "values.h"
 
 #define MOST_SIDE 8
-#define MOST_SPREAD 40.0f
-#define MOST_SPREAD_WITH_WEIGHTS 60.0f
 
 __local__ float64 K[MOST_SIDE * MOST_SIDE];  // entry (i, j) at i M + j
 __local__ float64 a[MOST_SIDE], u[MOST_SIDE], log_u[MOST_SIDE], rows[MOST_SIDE];
@@ -222,12 +220,14 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
       fill(s, values, absorbed);
     }
     update_columns(s, one);
+    int next_fold = fold_every > 0 ? 1 : num_iters;
     for (int t = 1; t < num_iters; t++) {
-      if (fold_every > 0 && (t - 1) % fold_every == 0) {
+      if (t == next_fold) {
         const float64 folding = v_f32_min_b(absorbed, active);
         fold_rows(s, folding);
         fold_columns(s, folding);
         fill(s, values, folding);
+        next_fold += fold_every;
       }
       row_sums(s);
       if (tol > 0.0f) {

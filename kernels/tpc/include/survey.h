@@ -1,8 +1,7 @@
 // The form that an item's own range asks for: 0 = SCALING, otherwise the rounds between two folds.
 //
-// The scaling form is safe while log K spreads by 40 at most, and together with the logarithms of the weights by 60.
-// Beyond, a round changes a scaling by a factor of one over the product of the smallest weights at most: 70 binary
-// orders between two folds keep every sum a normal number.
+// A round changes a scaling by a factor of one over the product of the smallest weights at most: 70 binary orders
+// between two folds keep every sum a normal number.
 
 #include "lanes.h"
 #include "numeric.h"
@@ -10,8 +9,6 @@
 #include "item.h"
 #include "problem.h"
 
-#define MOST_SPREAD 40.0f
-#define MOST_SPREAD_WITH_WEIGHTS 60.0f
 #define MOST_BITS 70.0f
 #define MOST_ROUNDS 16.0f
 

@@ -10,6 +10,10 @@ typedef struct {
   int first, last, at;
 } part;
 
+static inline void clear(int first, int count) {
+  for (int k = 0; k < count; k++) local[first + k] = 0.0f;
+}
+
 // dL -= K (x y' + z w'): tiles of the slice, x and z blocks of rows, y and w of columns.
 static inline void subtract_terms(shape s, part q, lifts l, int x, int y, int z, int w) {
   for (int block = 0; block < s.row_blocks; block++) {
@@ -76,13 +80,18 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
       clear(d.du, s.row_blocks);
       clear(d.dv, s.column_blocks);
       clear(q.at, (q.last - q.first) * s.row_tiles);
+      int fold = 1 + form;  // the last round before which K was folded
+      while (form > 0 && fold + form < rounds) fold += form;
+      int refill = form > 0;
       for (int t = rounds - 1; t >= 0; t--) {
-        const int folded = form > 0 && t > 1 && (t - 1) % form == 0;  // K, right before this round
+        const int folded = form > 0 && t > 1 && t == fold;
         restore_scalings(s, p, history, item, t);
-        if (form > 0 && (t == rounds - 1 || (t > 0 && t % form == 0))) {  // it is not that of the round after
+        if (refill) {
           restore_folds(s, p, history, item, t);
           fill(s, p, r, values, item, always);
         }
+        refill = folded;  // the round before had another K
+        if (folded) fold -= form;
         if (t == rounds - 1) {
           weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
           start_slice(s, p, l, q, grad_plan, item);

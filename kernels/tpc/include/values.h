@@ -1,5 +1,4 @@
-// 64 elements along dimension 0 of a tensor of the kernel's dtype, as float32: the including file defines BFLOAT16 or
-// not.
+// 64 elements along dimension 0 of a tensor of the kernel's dtype, as float32. BFLOAT16 is defined or not.
 
 #ifndef BFLOAT16
 
