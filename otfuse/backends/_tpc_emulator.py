@@ -308,7 +308,7 @@ def _library(path: Path, defines: tuple[str, ...], count: bool, other: bool) -> 
     flags = [*FLAGS, "-D__TPC__", *(f"-D{define}" for define in defines)]
     flags += ["-DOTFUSE_TPC_COUNT"] if count else []
     flags += ["-DOTFUSE_TPC_VARIANT"] if other else []
-    if int(re.search(r"__GNUC__ (\d+)", _target(found)).group(1)) >= 12:  # type: ignore[union-attr]
+    if _version(found, "__clang_major__") >= 8 or _version(found, "__GNUC__") >= 12:
         flags.append("-ftrivial-auto-var-init=pattern")  # a register without contents holds no zero
     text = _preprocessed(found, path, flags)
     digest = hashlib.sha256()
@@ -331,6 +331,11 @@ def _target(compiler: str) -> str:
     """Everything the compiler predefines: its version, and the instructions of this processor."""
     command = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _version(compiler: str, macro: str) -> int:
+    found = re.search(rf"#define {macro} (\d+)", _target(compiler))
+    return int(found.group(1)) if found else 0
 
 
 @cache
