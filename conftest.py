@@ -12,7 +12,18 @@ if not torch.cuda.is_available():  # before Triton or otfuse is imported: they l
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tensors are: cpu (default) or cuda")
+    parser.addoption("--device", default="cpu", help="where tensors are: cpu (default), cuda or hpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.device(config.getoption("--device")).type != "hpu":
+        return
+    import otfuse  # noqa: F401  # names our kernels to Habana's graph compiler, which looks when the Gaudi is opened
+
+    try:
+        import habana_frameworks.torch  # noqa: F401  # makes the device known to torch
+    except ImportError as error:
+        raise pytest.UsageError(f"--device hpu needs Habana's PyTorch ({error}); see docs/gaudi.md") from error
 
 
 @pytest.fixture(scope="session")
