@@ -15,9 +15,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tensors are: cpu (default), cuda or hpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.device(config.getoption("--device")).type != "hpu":
+        return
+    import otfuse  # noqa: F401  # names our kernels to Habana's graph compiler, which looks when the Gaudi is opened
+
+    try:
+        import habana_frameworks.torch  # noqa: F401  # makes the device known to torch
+    except ImportError as error:
+        raise pytest.UsageError(f"--device hpu needs Habana's PyTorch ({error}); see docs/gaudi.md") from error
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    name = request.config.getoption("--device")
-    if name.startswith("hpu"):
-        pytest.importorskip("habana_frameworks.torch", reason="it comes with Intel's Gaudi containers")
-    return torch.device(name)
+    return torch.device(request.config.getoption("--device"))

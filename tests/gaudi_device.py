@@ -121,6 +121,13 @@ class HpuTensor(Tensor):
             gaudi.check()
         else:
             results = op(*plain, **named)
+            if op._schema.is_mutable and op._schema.name.endswith("_"):
+                return args[0]
+            if (
+                op is torch.ops.aten._to_copy.default
+                and torch.device((kwargs or {}).get("device") or "hpu").type == "cpu"
+            ):
+                return results
         return tree_map(lambda value: HpuTensor(value) if isinstance(value, Tensor) else value, results)
 
 

@@ -33,19 +33,21 @@ source, target = sys.argv[sys.argv.index("-c") + 1], sys.argv[sys.argv.index("-o
 assert pathlib.Path(source).exists()
 pathlib.Path(target).write_text("\\n".join(["ELF of"] + sys.argv[1:]))
 """
+QUICK = """#!/bin/sh
+exec c++ "$@" -O0
+"""
 LIB_UTILS = """
 def get_include_dir(): return {include!r}
 def get_lib_dir(): return {library!r}
 """
 
 
-def write_compiler(folder: Path) -> Path:
-    """A stand-in for tpc-clang, to be put on PATH."""
+def write_compilers(folder: Path) -> None:
+    """A stand-in for tpc-clang, to be put on PATH, and a C++ compiler that does not optimise."""
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = folder / "tpc-clang"
-    compiler.write_text(COMPILER.format(python=sys.executable))
-    compiler.chmod(0o755)
-    return compiler
+    for name, text in (("tpc-clang", COMPILER.format(python=sys.executable)), ("quick-c++", QUICK)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
 
 
 def write_habana(packages: Path, plugin: Path) -> None:
@@ -61,7 +63,8 @@ def environment(folder: Path) -> Path:
     """A virtual environment that sees the packages of this one; its Python. Its packages folder is ``packages_of``."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
-    (packages_of(folder) / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    seen = dict.fromkeys([sysconfig.get_path("purelib"), *(path for path in sys.path if path.endswith("-packages"))])
+    (packages_of(folder) / "packages_of_the_tests.pth").write_text("\n".join(seen) + "\n")
     return python
 
 
@@ -118,11 +121,11 @@ def make_plugin(target: Path) -> None:
 
 def make_libraries(folder: Path, later: Path) -> None:
     """Glue and ops in ``folder``, by the functions of the build; they are to be moved to ``later``."""
-    write_compiler(folder / "bin")
+    write_compilers(folder / "bin")
     build = build_module()
     tools = build["Toolchain"](
         tpc_clang=str(folder / "bin" / "tpc-clang"),
-        cxx="c++",
+        cxx=str(folder / "bin" / "quick-c++"),
         glue_include=str(SDK),
         op_includes=[*cpp_extension.include_paths(), str(SDK)],
         op_libraries=[*cpp_extension.library_paths(), str(folder), str(later)],

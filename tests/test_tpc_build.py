@@ -24,7 +24,7 @@ KERNELS = sorted(path.stem for path in (ROOT / "kernels" / "tpc" / "gaudi2").glo
 @pytest.fixture
 def pieces(monkeypatch, tmp_path):
     """A machine with every piece, to take some away."""
-    gaudi_libraries.write_compiler(tmp_path / "bin")
+    gaudi_libraries.write_compilers(tmp_path / "bin")
     for tool in ("c++", "as", "ld"):  # a folder of one's own, so that no other compiler is found
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -141,9 +141,9 @@ class TestWheels:
         python = gaudi_libraries.environment(tmp_path / "environment")
         packages = gaudi_libraries.packages_of(tmp_path / "environment")
         gaudi_libraries.write_habana(packages, gaudi_libraries.plugin())
-        gaudi_libraries.write_compiler(tmp_path / "bin")
+        gaudi_libraries.write_compilers(tmp_path / "bin")
         path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
-        done = make_wheel(source, tmp_path / "out", python, OTFUSE_BUILD_TPC="1", PATH=path)
+        done = make_wheel(source, tmp_path / "out", python, OTFUSE_BUILD_TPC="1", PATH=path, CXX="quick-c++")
         assert done.returncode == 0, done.stdout + done.stderr
         (wheel,) = (tmp_path / "out").glob("*.whl")
         assert "-py3-none-any" not in wheel.name and "linux" in wheel.name

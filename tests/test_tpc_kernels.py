@@ -199,11 +199,17 @@ def test_what_ran_does_not_show() -> None:
     assert (scaled.plan - absorbed.plan).abs().max() <= 8 * torch.finfo(torch.float32).eps * exact.plan.max()
 
 
-@pytest.mark.parametrize("solver", [solve, solve_small], ids=["tiles", "lanes"])
-@pytest.mark.parametrize("epsilon, tol", [(0.2, 1e-3), (0.02, 0.05)])
-def test_frozen_is_stopped(solver: Callable[..., Solved], epsilon: float, tol: float) -> None:
+# A matrix in local memory, the same with vectors in registers and two items at a time, a lane an item.
+EVERY_FORM = pytest.mark.parametrize(
+    "solver, N, M", [(solve, 8, 7), (solve, 20, 18), (solve_small, 8, 7)], ids=["tiles", "registers", "lanes"]
+)
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("epsilon, tol", [(0.2, 1e-3), (0.02, 0.1)])
+def test_frozen_is_stopped(solver: Callable[..., Solved], N: int, M: int, epsilon: float, tol: float) -> None:
     """Bit for bit: an item that converged after t rounds, and the same item run for t rounds."""
-    items = make(5, 8, 7, epsilon, "masked")
+    items = make(5, N, M, epsilon, "masked")
     frozen = solver(items, 60, tol)
     rounds = frozen.report[:, 1].int().tolist()
     assert min(rounds) < 60 and len(set(rounds)) > 2
@@ -213,10 +219,10 @@ def test_frozen_is_stopped(solver: Callable[..., Solved], epsilon: float, tol: f
             assert torch.equal(ours[item], theirs[item])
 
 
-@pytest.mark.parametrize("solver", [solve, solve_small], ids=["tiles", "lanes"])
-def test_an_item_has_the_same_bits_everywhere(solver: Callable[..., Solved]) -> None:
+@EVERY_FORM
+def test_an_item_has_the_same_bits_everywhere(solver: Callable[..., Solved], N: int, M: int) -> None:
     """Alone, at any place, beside items that are absorbed, not finite or empty, in any order of the index space."""
-    items = make(7, 8, 6, 0.05, "masked")
+    items = make(7, N, M, 0.05, "masked")
     items.values[1] *= 40  # absorbed
     items.values[3, items.a[3].argmax(), items.b[3].argmax()] = math.inf
     items.a[5], items.b[5] = 0, 0
@@ -234,6 +240,15 @@ def test_an_item_has_the_same_bits_everywhere(solver: Callable[..., Solved]) -> 
     assert together.report[5].tolist() == [0, 0]
     finite = [0, 1, 2, 4, 6]
     assert_solved(items.take(finite), Solved._make(t if t is None else t[finite] for t in together), 10, 1e-3)
+
+
+@pytest.mark.parametrize("solver", [solve, partial(solve_small, fold_every=1)], ids=["tiles", "lanes"])
+def test_weights_whose_product_is_flushed(solver: Callable[..., Solved]) -> None:
+    """1e-20 on both sides: between two folds a sum is 1e-40, below the smallest number there is."""
+    items = make(3, 8, 7, 0.01, "weights")
+    items.a[:, 3], items.b[:, 2] = 1e-20, 1e-20
+    items = items._replace(a=items.a / items.a.sum(1, keepdim=True), b=items.b / items.b.sum(1, keepdim=True))
+    assert_solved(items, solver(items, 20), 20)
 
 
 def test_what_padding_holds_does_nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,13 +67,35 @@ def test_schemas_and_shapes_of_the_library_alone():
         assert outputs == [[list(s.shape), str(s.dtype)] for s in wanted[kernel].outputs.values()]
 
 
+def run_pytest(*arguments):
+    """pytest in a process of its own, from the repository's root; what it printed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
 def test_on_a_stand_in_for_a_gaudi():
     """Numbers, gradients, refusals and graphs of tensors that say 'hpu': tests/on_stand_in_gaudi.py, which see."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "on_stand_in_gaudi.py")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = run_pytest(str(TESTS / "on_stand_in_gaudi.py"))
+    assert code == 0, said
+
+
+def test_contract_tests_with_device_hpu():
+    """``python -m pytest --device hpu``, on the stand-in: some of the tests that every backend has to pass."""
+    files = [str(TESTS / name) for name in ("test_nn.py", "test_isolation.py")]
+    some = "tpc and dtype1 and not autocast and not without_mass or test_nn and tpc"
+    code, said = run_pytest("-p", "gaudi_session", "--device", "hpu", *files, "-k", some)
+    assert code == 0, said
+    assert int(re.search(r"(\d+) passed", said).group(1)) > 10, said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("habana_frameworks") is not None, reason="Habana's PyTorch is here")
+def test_device_hpu_without_habanas_pytorch():
+    code, said = run_pytest("--device", "hpu", str(TESTS / "test_nn.py"))
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "--device hpu needs Habana's PyTorch" in said and "docs/gaudi.md" in said
 
 
 def test_compiled_to_one_graph_with_the_products_in_it():

@@ -32,8 +32,8 @@ HOW_TO_GET_ONE = "install g++"
 FLAGS = [
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-fno-exceptions",
     "-fno-rtti", "-fno-threadsafe-statics", "-fsanitize=bounds", "-fPIC", "-shared", "-fvisibility=hidden",
-    "-Wl,--as-needed", "-Wall", "-Werror", "-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-unused",
-    "-Wno-narrowing", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    "-Wl,--as-needed", "-Wno-unknown-warning-option", "-Wall", "-Werror", "-Wdouble-promotion",
+    "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-narrowing", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
 ]  # fmt: skip
 MAX_RANK = 5
 MAX_VLM, MAX_VLM_WITH_LOOKUP = 81920, 16384
@@ -308,7 +308,7 @@ def _library(path: Path, defines: tuple[str, ...], count: bool, other: bool) -> 
     flags = [*FLAGS, "-D__TPC__", *(f"-D{define}" for define in defines)]
     flags += ["-DOTFUSE_TPC_COUNT"] if count else []
     flags += ["-DOTFUSE_TPC_VARIANT"] if other else []
-    if int(re.search(r"__GNUC__ (\d+)", _target(found)).group(1)) >= 12:  # type: ignore[union-attr]
+    if _version(found, "__clang_major__") >= 8 or _version(found, "__GNUC__") >= 12:
         flags.append("-ftrivial-auto-var-init=pattern")  # a register without contents holds no zero
     text = _preprocessed(found, path, flags)
     digest = hashlib.sha256()
@@ -316,7 +316,7 @@ def _library(path: Path, defines: tuple[str, ...], count: bool, other: bool) -> 
         digest.update(part.encode() + b"\0")
     target = cache_folder() / f"{path.stem}-{digest.hexdigest()[:24]}.so"
     if not target.exists():
-        _compile(found, flags, _translation_unit(path, text), target)
+        _compile(found, flags, _translation_unit(path, text), path.stem, target)
     return target
 
 
@@ -333,6 +333,11 @@ def _target(compiler: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _version(compiler: str, macro: str) -> int:
+    found = re.search(rf"#define {macro} (\d+)", _target(compiler))
+    return int(found.group(1)) if found else 0
+
+
 @cache
 def _headers() -> tuple[str, ...]:
     return tuple(path.read_text() for path in sorted((sources() / "emulator").glob("*.h")))
@@ -341,33 +346,33 @@ def _headers() -> tuple[str, ...]:
 def _preprocessed(compiler: str, path: Path, flags: Sequence[str]) -> str:
     """The source after macros and includes, in which names and declarations can be found."""
     defines = [flag for flag in flags if flag.startswith("-D")]
-    return _output([compiler, "-E", "-P", "-x", "c++", *defines, *_include("include"), str(path)], path)
+    return _output([compiler, "-E", "-P", "-x", "c++", *defines, *_include("include"), str(path)], path.stem)
 
 
 def _include(*folders: str) -> list[str]:
     return [f"-I{sources() / folder}" for folder in folders]
 
 
-def _output(command: Sequence[str], path: Path) -> str:
+def _output(command: Sequence[str], name: str) -> str:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise EmulatorError(path.stem, "compiles", f"{' '.join(command)} failed:\n{run.stderr}")
+        raise EmulatorError(name, "compiles", f"{' '.join(command)} failed:\n{run.stderr}")
     return run.stdout
 
 
-def _compile(compiler: str, flags: Sequence[str], unit: str, target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], unit: str, name: str, target: Path) -> None:
     """Compile beside the target and rename, so that no other process ever sees half a file."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".compile-", dir=target.parent)
     except OSError as error:
         raise EmulatorError(
-            target.stem, "cache", f"cannot write to {target.parent} ({error}); set XDG_CACHE_HOME to a folder of yours"
+            name, "cache", f"cannot write to {target.parent} ({error}); set XDG_CACHE_HOME to a folder of yours"
         ) from error
     try:
         source, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(unit)
-        _output([compiler, *flags, *_include("emulator", "include"), str(source), "-o", str(made)], target)
+        _output([compiler, *flags, *_include("emulator", "include"), str(source), "-o", str(made)], name)
         os.replace(made, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -78,56 +78,56 @@ template <class V> void choose(V& r, const V& income, const bool64& predicate, b
 }  // namespace emu
 
 // One operand of type A, results of type V: VALUE is made of x.
-#define EMU_UNARY(NAME, V, A, LATENCY, SWITCHES, VALUE)                                                              \
-    EMU_FUNCTION V NAME##_b(const A& a, int sw = 0, const V& income = {}, EMU_PREDICATE) {                                  \
-        emu::only(sw, SWITCHES, #NAME);                                                                               \
-        V r;                                                                                                          \
-        for (int l = 0; l < 64; l++) {                                                                                \
-            auto x = emu::lanes(a)[l];                                                                                \
-            emu::lanes(r)[l] = VALUE;                                                                                 \
-        }                                                                                                             \
-        if (predicate == polarity) r = income;                                                                        \
-        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, income);                                                         \
-        return r;                                                                                                     \
-    }                                                                                                                 \
-    EMU_FUNCTION V NAME##_vb(const A& a, int sw, const V& income, const bool64& predicate, bool polarity = false) {         \
-        emu::only(sw, SWITCHES, #NAME);                                                                               \
-        V r;                                                                                                          \
-        for (int l = 0; l < 64; l++) {                                                                                \
-            auto x = emu::lanes(a)[l];                                                                                \
-            emu::lanes(r)[l] = VALUE;                                                                                 \
-        }                                                                                                             \
-        emu::choose(r, income, predicate, polarity);                                                                  \
-        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, income, predicate);                                              \
-        return r;                                                                                                     \
+#define EMU_UNARY(NAME, V, A, LATENCY, SWITCHES, VALUE)                                                             \
+    EMU_FUNCTION V NAME##_b(const A& a, int sw = 0, const V& income = {}, EMU_PREDICATE) {                          \
+        emu::only(sw, SWITCHES, #NAME);                                                                             \
+        V r;                                                                                                        \
+        for (int l = 0; l < 64; l++) {                                                                              \
+            auto x = emu::lanes(a)[l];                                                                              \
+            emu::lanes(r)[l] = VALUE;                                                                               \
+        }                                                                                                           \
+        if (predicate == polarity) r = income;                                                                      \
+        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, income);                                                       \
+        return r;                                                                                                   \
+    }                                                                                                               \
+    EMU_FUNCTION V NAME##_vb(const A& a, int sw, const V& income, const bool64& predicate, bool polarity = false) { \
+        emu::only(sw, SWITCHES, #NAME);                                                                             \
+        V r;                                                                                                        \
+        for (int l = 0; l < 64; l++) {                                                                              \
+            auto x = emu::lanes(a)[l];                                                                              \
+            emu::lanes(r)[l] = VALUE;                                                                               \
+        }                                                                                                           \
+        emu::choose(r, income, predicate, polarity);                                                                \
+        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, income, predicate);                                            \
+        return r;                                                                                                   \
     }
 
 // Two operands, x and y.
-#define EMU_BINARY(NAME, V, A, B, LATENCY, VALUE)                                                                     \
-    EMU_FUNCTION V NAME##_b(const A& a, const B& b, int sw = 0, const V& income = {}, EMU_PREDICATE) {                      \
-        emu::only(sw, 0, #NAME);                                                                                      \
-        V r;                                                                                                          \
-        for (int l = 0; l < 64; l++) {                                                                                \
-            auto x = emu::lanes(a)[l];                                                                                \
-            auto y = emu::lanes(b)[l];                                                                                \
-            emu::lanes(r)[l] = VALUE;                                                                                 \
-        }                                                                                                             \
-        if (predicate == polarity) r = income;                                                                        \
-        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, b, income);                                                      \
-        return r;                                                                                                     \
-    }                                                                                                                 \
-    EMU_FUNCTION V NAME##_vb(const A& a, const B& b, int sw, const V& income, const bool64& predicate,                      \
-                       bool polarity = false) {                                                                       \
-        emu::only(sw, 0, #NAME);                                                                                      \
-        V r;                                                                                                          \
-        for (int l = 0; l < 64; l++) {                                                                                \
-            auto x = emu::lanes(a)[l];                                                                                \
-            auto y = emu::lanes(b)[l];                                                                                \
-            emu::lanes(r)[l] = VALUE;                                                                                 \
-        }                                                                                                             \
-        emu::choose(r, income, predicate, polarity);                                                                  \
-        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, b, income, predicate);                                           \
-        return r;                                                                                                     \
+#define EMU_BINARY(NAME, V, A, B, LATENCY, VALUE)                                                      \
+    EMU_FUNCTION V NAME##_b(const A& a, const B& b, int sw = 0, const V& income = {}, EMU_PREDICATE) { \
+        emu::only(sw, 0, #NAME);                                                                       \
+        V r;                                                                                           \
+        for (int l = 0; l < 64; l++) {                                                                 \
+            auto x = emu::lanes(a)[l];                                                                 \
+            auto y = emu::lanes(b)[l];                                                                 \
+            emu::lanes(r)[l] = VALUE;                                                                  \
+        }                                                                                              \
+        if (predicate == polarity) r = income;                                                         \
+        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, b, income);                                       \
+        return r;                                                                                      \
+    }                                                                                                  \
+    EMU_FUNCTION V NAME##_vb(const A& a, const B& b, int sw, const V& income, const bool64& predicate, \
+                       bool polarity = false) {                                                        \
+        emu::only(sw, 0, #NAME);                                                                       \
+        V r;                                                                                           \
+        for (int l = 0; l < 64; l++) {                                                                 \
+            auto x = emu::lanes(a)[l];                                                                 \
+            auto y = emu::lanes(b)[l];                                                                 \
+            emu::lanes(r)[l] = VALUE;                                                                  \
+        }                                                                                              \
+        emu::choose(r, income, predicate, polarity);                                                   \
+        EMU_ISSUE(r, #NAME, VECTOR, emu::LATENCY, a, b, income, predicate);                            \
+        return r;                                                                                      \
     }
 
 EMU_UNARY(v_f32_mov, float64, float64, LATENCY_ADD, 0, x)
@@ -144,54 +144,55 @@ EMU_BINARY(v_f32_mul, float64, float64, float64, LATENCY_MUL, x * y)
 EMU_BINARY(v_f32_max, float64, float64, float64, LATENCY_ADD, emu::larger(x, y))
 EMU_BINARY(v_f32_min, float64, float64, float64, LATENCY_ADD, emu::smaller(x, y))
 
-#define EMU_INTEGER(V, KIND, T)                                                                             \
-    EMU_BINARY(v_##KIND##_add, V, V, V, LATENCY_ADD, (T)((uint32_t)x + (uint32_t)y))                         \
-    EMU_BINARY(v_##KIND##_sub, V, V, V, LATENCY_ADD, (T)((uint32_t)x - (uint32_t)y))                         \
-    EMU_BINARY(v_##KIND##_and, V, V, V, LATENCY_ADD, x & y)                                                  \
-    EMU_BINARY(v_##KIND##_or, V, V, V, LATENCY_ADD, x | y)                                                   \
-    EMU_BINARY(v_##KIND##_xor, V, V, V, LATENCY_ADD, x ^ y)                                                  \
-    EMU_BINARY(v_##KIND##_max, V, V, V, LATENCY_ADD, x > y ? x : y)                                          \
-    EMU_BINARY(v_##KIND##_min, V, V, V, LATENCY_ADD, x < y ? x : y)                                          \
-    EMU_BINARY(v_##KIND##_shl, V, V, V, LATENCY_ADD, (uint32_t)y < 32 ? (T)((uint32_t)x << y) : 0)           \
+#define EMU_INTEGER(V, KIND, T)                                                                    \
+    EMU_BINARY(v_##KIND##_add, V, V, V, LATENCY_ADD, (T)((uint32_t)x + (uint32_t)y))               \
+    EMU_BINARY(v_##KIND##_sub, V, V, V, LATENCY_ADD, (T)((uint32_t)x - (uint32_t)y))               \
+    EMU_BINARY(v_##KIND##_and, V, V, V, LATENCY_ADD, x & y)                                        \
+    EMU_BINARY(v_##KIND##_or, V, V, V, LATENCY_ADD, x | y)                                         \
+    EMU_BINARY(v_##KIND##_xor, V, V, V, LATENCY_ADD, x ^ y)                                        \
+    EMU_BINARY(v_##KIND##_max, V, V, V, LATENCY_ADD, x > y ? x : y)                                \
+    EMU_BINARY(v_##KIND##_min, V, V, V, LATENCY_ADD, x < y ? x : y)                                \
+    EMU_BINARY(v_##KIND##_shl, V, V, V, LATENCY_ADD, (uint32_t)y < 32 ? (T)((uint32_t)x << y) : 0) \
     EMU_BINARY(v_##KIND##_shr, V, V, V, LATENCY_ADD, (uint32_t)y < 32 ? (T)((uint32_t)x >> y) : 0)
 EMU_INTEGER(int64, i32, int32_t)
 EMU_INTEGER(uint64, u32, uint32_t)
 
 // Comparisons, and selections by one: NAME is what the intrinsics call it.
-#define EMU_COMPARE(NAME, KIND, A, VALUE)                                                                   \
-    EMU_BINARY(v_##KIND##_cmp_##NAME, bool64, A, A, LATENCY_ADD, VALUE)                                      \
-    EMU_SELECT(NAME, f32, float64, KIND, A, VALUE)                                                           \
-    EMU_SELECT(NAME, i32, int64, KIND, A, VALUE)                                                             \
+#define EMU_COMPARE(NAME, KIND, A, VALUE)                               \
+    EMU_BINARY(v_##KIND##_cmp_##NAME, bool64, A, A, LATENCY_ADD, VALUE) \
+    EMU_SELECT(NAME, f32, float64, KIND, A, VALUE)                      \
+    EMU_SELECT(NAME, i32, int64, KIND, A, VALUE)                        \
     EMU_SELECT(NAME, u32, uint64, KIND, A, VALUE)
 
-#define EMU_SELECT(NAME, RESULT, V, KIND, A, VALUE)                                                          \
+#define EMU_SELECT(NAME, RESULT, V, KIND, A, VALUE)                                                                 \
     EMU_FUNCTION V v_##RESULT##_sel_##NAME##_##KIND##_b(const A& a, const A& b, const V& c, const V& d, int sw = 0, \
-                                                  const V& income = {}, EMU_PREDICATE) {                     \
-        emu::only(sw, 0, "v_" #RESULT "_sel_" #NAME "_" #KIND);                                              \
-        V r;                                                                                                 \
-        for (int l = 0; l < 64; l++) {                                                                       \
-            auto x = emu::lanes(a)[l];                                                                       \
-            auto y = emu::lanes(b)[l];                                                                       \
-            emu::lanes(r)[l] = (VALUE) ? emu::lanes(c)[l] : emu::lanes(d)[l];                                \
-        }                                                                                                    \
-        if (predicate == polarity) r = income;                                                               \
-        EMU_ISSUE(r, "v_" #RESULT "_sel_" #NAME "_" #KIND, VECTOR, emu::LATENCY_ADD, a, b, c, d, income);    \
-        return r;                                                                                            \
+                                                  const V& income = {}, EMU_PREDICATE) {                            \
+        emu::only(sw, 0, "v_" #RESULT "_sel_" #NAME "_" #KIND);                                                     \
+        V r;                                                                                                        \
+        for (int l = 0; l < 64; l++) {                                                                              \
+            auto x = emu::lanes(a)[l];                                                                              \
+            auto y = emu::lanes(b)[l];                                                                              \
+            emu::lanes(r)[l] = (VALUE) ? emu::lanes(c)[l] : emu::lanes(d)[l];                                       \
+        }                                                                                                           \
+        if (predicate == polarity) r = income;                                                                      \
+        EMU_ISSUE(r, "v_" #RESULT "_sel_" #NAME "_" #KIND, VECTOR, emu::LATENCY_ADD, a, b, c, d, income);           \
+        return r;                                                                                                   \
     }
 
-#define EMU_COMPARES(KIND, A)                \
-    EMU_COMPARE(eq, KIND, A, x == y)         \
-    EMU_COMPARE(neq, KIND, A, x != y)        \
-    EMU_COMPARE(less, KIND, A, x < y)        \
-    EMU_COMPARE(leq, KIND, A, x <= y)        \
-    EMU_COMPARE(grt, KIND, A, x > y)         \
+#define EMU_COMPARES(KIND, A)         \
+    EMU_COMPARE(eq, KIND, A, x == y)  \
+    EMU_COMPARE(neq, KIND, A, x != y) \
+    EMU_COMPARE(less, KIND, A, x < y) \
+    EMU_COMPARE(leq, KIND, A, x <= y) \
+    EMU_COMPARE(grt, KIND, A, x > y)  \
     EMU_COMPARE(geq, KIND, A, x >= y)
 EMU_COMPARES(f32, float64)
 EMU_COMPARES(i32, int64)
 EMU_COMPARES(u32, uint64)
 
 // accumulator + a b, or accumulator - a b with SW_NEG.
-EMU_FUNCTION float64 v_f32_mac_b(const float64& a, const float64& b, const float64& accumulator, int sw = 0, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_mac_b(const float64& a, const float64& b, const float64& accumulator, int sw = 0,
+                                 EMU_PREDICATE) {
     emu::only(sw, SW_NEG, "v_f32_mac");
     float64 r;
     const float sign = sw & SW_NEG ? -1.0f : 1.0f;
@@ -203,7 +204,7 @@ EMU_FUNCTION float64 v_f32_mac_b(const float64& a, const float64& b, const float
 }
 
 EMU_FUNCTION float64 v_f32_mac_vb(const float64& a, const float64& b, const float64& accumulator, int sw,
-                            const bool64& predicate, bool polarity = false) {
+                                  const bool64& predicate, bool polarity = false) {
     emu::only(sw, SW_NEG, "v_f32_mac");
     float64 r;
     const float sign = sw & SW_NEG ? -1.0f : 1.0f;
@@ -215,7 +216,7 @@ EMU_FUNCTION float64 v_f32_mac_vb(const float64& a, const float64& b, const floa
 }
 
 EMU_FUNCTION float64 v_f32_madd_b(const float64& a, const float64& b, const float64& c, int sw = 0,
-                            const float64& income = {}, EMU_PREDICATE) {
+                                  const float64& income = {}, EMU_PREDICATE) {
     emu::only(sw, SW_NEG, "v_f32_madd");
     float64 r;
     const float sign = sw & SW_NEG ? -1.0f : 1.0f;
@@ -227,7 +228,8 @@ EMU_FUNCTION float64 v_f32_madd_b(const float64& a, const float64& b, const floa
 }
 
 // 128 lanes of bfloat16 are two vectors of float32, the lower lanes first.
-EMU_FUNCTION float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0, const float128& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0, const float128& income = {},
+                                                  EMU_PREDICATE) {
     emu::only(sw, 0, "v_convert_bf16_to_f32_all");
     float128 r;
     for (int l = 0; l < 64; l++) {
@@ -240,7 +242,8 @@ EMU_FUNCTION float128 v_convert_bf16_to_f32_all_b(const bfloat128& a, int sw = 0
     return r;
 }
 
-EMU_FUNCTION bfloat128 v_convert_f32_to_bf16_all_b(const float128& a, int sw = 0, const bfloat128& income = {}, EMU_PREDICATE) {
+EMU_FUNCTION bfloat128 v_convert_f32_to_bf16_all_b(const float128& a, int sw = 0, const bfloat128& income = {},
+                                                   EMU_PREDICATE) {
     emu::only(sw, 0, "v_convert_f32_to_bf16_all");
     bfloat128 r;
     for (int l = 0; l < 64; l++) {
@@ -253,11 +256,11 @@ EMU_FUNCTION bfloat128 v_convert_f32_to_bf16_all_b(const float128& a, int sw = 0
 }
 
 // Scalars, which the machine computes in registers of their own.
-#define EMU_SCALAR(NAME, R, T, VALUE)                                                        \
-    inline R NAME(T a, T b, int sw = 0, R income = {}, EMU_PREDICATE) {                      \
-        emu::only(sw, 0, #NAME);                                                             \
-        EMU_ISSUE_EFFECT(#NAME, SCALAR);                                                     \
-        return predicate == polarity ? income : (VALUE);                                     \
+#define EMU_SCALAR(NAME, R, T, VALUE)                                   \
+    inline R NAME(T a, T b, int sw = 0, R income = {}, EMU_PREDICATE) { \
+        emu::only(sw, 0, #NAME);                                        \
+        EMU_ISSUE_EFFECT(#NAME, SCALAR);                                \
+        return predicate == polarity ? income : (VALUE);                \
     }
 EMU_SCALAR(s_i32_add, int32_t, int32_t, (int32_t)((uint32_t)a + (uint32_t)b))
 EMU_SCALAR(s_i32_min, int32_t, int32_t, a < b ? a : b)

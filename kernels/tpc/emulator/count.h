@@ -66,7 +66,9 @@ template <class V> Times operand(const V& v) {
 }
 inline Times operand(Times t) { return t; }
 inline Times operands() { return {0, 0}; }
-template <class V, class... R> Times operands(const V& v, const R&... rest) { return later(operand(v), operands(rest...)); }
+template <class V, class... R> Times operands(const V& v, const R&... rest) {
+    return later(operand(v), operands(rest...));
+}
 
 // An accumulator is wanted later than the factors.
 template <class V> Times accumulator(const V& v) {
@@ -74,15 +76,15 @@ template <class V> Times accumulator(const V& v) {
     return {t.chain - (LATENCY_MUL - LATENCY_ACCUMULATOR), t.ordered - (LATENCY_MUL - LATENCY_ACCUMULATOR)};
 }
 
-#define EMU_ISSUE(RESULT, NAME, SLOT, LATENCY, ...)                                    \
-    do {                                                                               \
-        static emu::Counter counter(NAME, emu::SLOT);                                  \
-        (RESULT).times() = emu::issue(counter, LATENCY, emu::operands(__VA_ARGS__));   \
+#define EMU_ISSUE(RESULT, NAME, SLOT, LATENCY, ...)                                  \
+    do {                                                                             \
+        static emu::Counter counter(NAME, emu::SLOT);                                \
+        (RESULT).times() = emu::issue(counter, LATENCY, emu::operands(__VA_ARGS__)); \
     } while (0)
-#define EMU_ISSUE_EFFECT(NAME, SLOT, ...)                                              \
-    do {                                                                               \
-        static emu::Counter counter(NAME, emu::SLOT);                                  \
-        emu::issue(counter, 1, emu::operands(__VA_ARGS__));                            \
+#define EMU_ISSUE_EFFECT(NAME, SLOT, ...)                   \
+    do {                                                    \
+        static emu::Counter counter(NAME, emu::SLOT);       \
+        emu::issue(counter, 1, emu::operands(__VA_ARGS__)); \
     } while (0)
 #define EMU_ACCUMULATOR(V) emu::accumulator(V)
 

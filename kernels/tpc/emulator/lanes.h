@@ -29,8 +29,8 @@ inline void whole_lanes(uint32_t bytes, const char* intrinsic) {
 }  // namespace emu
 
 // Dual group d of the result is dual group s_d of a, where its two write bits (lower and upper group) say so.
-EMU_FUNCTION float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes, int s0, int s1, int s2, int s3, int sw,
-                                          const float64& income, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes, int s0, int s1, int s2, int s3,
+                                                int sw, const float64& income, EMU_PREDICATE) {
     emu::whole_lanes(bytes, "v_f32_mov_dual_group_all");
     emu::only(sw, MkWrA(3, 3, 3, 3), "v_f32_mov_dual_group_all");
     float64 r;
@@ -49,7 +49,7 @@ EMU_FUNCTION float64 v_f32_mov_dual_group_all_b(const float64& a, uint32_t bytes
 
 // One dual group, the others are income's.
 EMU_FUNCTION float64 v_f32_mov_dual_group_b(const float64& a, uint32_t bytes, int source, int destination, int sw,
-                                      const float64& income, EMU_PREDICATE) {
+                                            const float64& income, EMU_PREDICATE) {
     emu::whole_lanes(bytes, "v_f32_mov_dual_group");
     emu::only(sw, MkWr(1, 1), "v_f32_mov_dual_group");
     if (source < 0 || source > 3 || destination < 0 || destination > 3)
@@ -78,7 +78,8 @@ EMU_FUNCTION float64 v_f32_mov_group_b(const float64& a, uint32_t bytes, int sw,
 }
 
 // Within a dual group, by the byte of b at each lane: bits 0-2 the lane, bit 5 the group, bit 7 whether at all.
-EMU_FUNCTION float64 v_f32_shuffle_b(const float64& a, const uchar256& b, int sw, const float64& income, EMU_PREDICATE) {
+EMU_FUNCTION float64 v_f32_shuffle_b(const float64& a, const uchar256& b, int sw, const float64& income,
+                                     EMU_PREDICATE) {
     emu::only(sw, 0, "v_f32_shuffle");
     float64 r;
     for (int l = 0; l < 64; l++) {

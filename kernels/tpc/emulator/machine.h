@@ -22,11 +22,11 @@ struct int5 {
     int32_t operator[](int dimension) const { return e[dimension]; }
 };
 
-#define EMU_INT5(OPERATOR)                                                       \
-    inline int5 operator OPERATOR(int5 a, const int5& b) {                       \
-        for (int d = 0; d < 5; d++) a.e[d] = a.e[d] OPERATOR b.e[d];             \
-        return a;                                                                \
-    }                                                                            \
+#define EMU_INT5(OPERATOR)                                           \
+    inline int5 operator OPERATOR(int5 a, const int5& b) {           \
+        for (int d = 0; d < 5; d++) a.e[d] = a.e[d] OPERATOR b.e[d]; \
+        return a;                                                    \
+    }                                                                \
     inline int5& operator OPERATOR##=(int5& a, const int5& b) { return a = a OPERATOR b; }
 EMU_INT5(+)
 EMU_INT5(-)
@@ -99,7 +99,8 @@ inline Tensor& tensor_of(int id) {
 }
 
 inline void only(int given, int known, const char* intrinsic) {
-    if (given & ~known) violate("subset", -1, nullptr, "%s: switch %#x is not in the subset", intrinsic, given & ~known);
+    if (given & ~known)
+        violate("subset", -1, nullptr, "%s: switch %#x is not in the subset", intrinsic, given & ~known);
 }
 
 }  // namespace emu

@@ -84,36 +84,36 @@ void store(const vec<T, N>& v, int t, const int5& c, int32_t dtype, int count, i
 }  // namespace emu
 
 // Vectors of tensors: whole, and size + 1 elements from lane `offset` on.
-#define EMU_TENSOR(NAME, V, T, DTYPE, PAD)                                                                            \
-    EMU_FUNCTION V v_##NAME##_ld_tnsr_b(const int5& c, int t, int sw = 0, const V& income = {}, EMU_PREDICATE) {            \
-        emu::only(sw, 0, "v_" #NAME "_ld_tnsr");                                                                      \
-        V r = income;                                                                                                 \
-        if (predicate != polarity) emu::load(r, PAD, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_ld_tnsr");         \
-        EMU_ISSUE(r, "v_" #NAME "_ld_tnsr", LOAD, emu::LATENCY_LOAD, income);                                         \
-        return r;                                                                                                     \
-    }                                                                                                                 \
-    EMU_FUNCTION V v_##NAME##_ld_tnsr_partial_b(const int5& c, int t, int8_t size, int8_t offset, int sw = 0,               \
-                                          const V& income = {}, EMU_PREDICATE) {                                      \
-        emu::only(sw, 0, "v_" #NAME "_ld_tnsr_partial");                                                              \
-        emu::partial(t, c, size, offset, 256 / sizeof(T));                                                            \
-        V r = income;                                                                                                 \
-        if (predicate != polarity)                                                                                    \
-            emu::load(r, PAD, t, c, DTYPE, size + 1, offset, "v_" #NAME "_ld_tnsr_partial");                          \
-        EMU_ISSUE(r, "v_" #NAME "_ld_tnsr_partial", LOAD, emu::LATENCY_LOAD, income);                                 \
-        return r;                                                                                                     \
-    }                                                                                                                 \
-    EMU_FUNCTION void v_##NAME##_st_tnsr(const int5& c, int t, const V& value, int sw = 0, EMU_PREDICATE) {                 \
-        emu::only(sw, 0, "v_" #NAME "_st_tnsr");                                                                      \
-        if (predicate != polarity) emu::store(value, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_st_tnsr");         \
-        EMU_ISSUE_EFFECT("v_" #NAME "_st_tnsr", STORE, value);                                                        \
-    }                                                                                                                 \
-    EMU_FUNCTION void v_##NAME##_st_tnsr_partial(const int5& c, int t, const V& value, int8_t size, int8_t offset,          \
-                                           int sw = 0, EMU_PREDICATE) {                                               \
-        emu::only(sw, 0, "v_" #NAME "_st_tnsr_partial");                                                              \
-        emu::partial(t, c, size, offset, 256 / sizeof(T));                                                            \
-        if (predicate != polarity)                                                                                    \
-            emu::store(value, t, c, DTYPE, size + 1, offset, "v_" #NAME "_st_tnsr_partial");                          \
-        EMU_ISSUE_EFFECT("v_" #NAME "_st_tnsr_partial", STORE, value);                                                \
+#define EMU_TENSOR(NAME, V, T, DTYPE, PAD)                                                                         \
+    EMU_FUNCTION V v_##NAME##_ld_tnsr_b(const int5& c, int t, int sw = 0, const V& income = {}, EMU_PREDICATE) {   \
+        emu::only(sw, 0, "v_" #NAME "_ld_tnsr");                                                                   \
+        V r = income;                                                                                              \
+        if (predicate != polarity) emu::load(r, PAD, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_ld_tnsr");      \
+        EMU_ISSUE(r, "v_" #NAME "_ld_tnsr", LOAD, emu::LATENCY_LOAD, income);                                      \
+        return r;                                                                                                  \
+    }                                                                                                              \
+    EMU_FUNCTION V v_##NAME##_ld_tnsr_partial_b(const int5& c, int t, int8_t size, int8_t offset, int sw = 0,      \
+                                          const V& income = {}, EMU_PREDICATE) {                                   \
+        emu::only(sw, 0, "v_" #NAME "_ld_tnsr_partial");                                                           \
+        emu::partial(t, c, size, offset, 256 / sizeof(T));                                                         \
+        V r = income;                                                                                              \
+        if (predicate != polarity)                                                                                 \
+            emu::load(r, PAD, t, c, DTYPE, size + 1, offset, "v_" #NAME "_ld_tnsr_partial");                       \
+        EMU_ISSUE(r, "v_" #NAME "_ld_tnsr_partial", LOAD, emu::LATENCY_LOAD, income);                              \
+        return r;                                                                                                  \
+    }                                                                                                              \
+    EMU_FUNCTION void v_##NAME##_st_tnsr(const int5& c, int t, const V& value, int sw = 0, EMU_PREDICATE) {        \
+        emu::only(sw, 0, "v_" #NAME "_st_tnsr");                                                                   \
+        if (predicate != polarity) emu::store(value, t, c, DTYPE, 256 / sizeof(T), 0, "v_" #NAME "_st_tnsr");      \
+        EMU_ISSUE_EFFECT("v_" #NAME "_st_tnsr", STORE, value);                                                     \
+    }                                                                                                              \
+    EMU_FUNCTION void v_##NAME##_st_tnsr_partial(const int5& c, int t, const V& value, int8_t size, int8_t offset, \
+                                           int sw = 0, EMU_PREDICATE) {                                            \
+        emu::only(sw, 0, "v_" #NAME "_st_tnsr_partial");                                                           \
+        emu::partial(t, c, size, offset, 256 / sizeof(T));                                                         \
+        if (predicate != polarity)                                                                                 \
+            emu::store(value, t, c, DTYPE, size + 1, offset, "v_" #NAME "_st_tnsr_partial");                       \
+        EMU_ISSUE_EFFECT("v_" #NAME "_st_tnsr_partial", STORE, value);                                             \
     }
 
 namespace emu {
@@ -174,22 +174,22 @@ inline void touch(const void* address, int32_t dtype, Access access, const char*
 
 }  // namespace emu
 
-#define EMU_GLOBAL(NAME, T, DTYPE)                                                                           \
-    inline T s_##NAME##_ld_g(const void* address, int sw = 0, T income = {}, EMU_PREDICATE) {                \
-        emu::only(sw, 0, "s_" #NAME "_ld_g");                                                                \
-        EMU_ISSUE_EFFECT("s_" #NAME "_ld_g", LOAD);                                                          \
-        if (predicate == polarity) return income;                                                            \
-        emu::touch(address, DTYPE, emu::READ, "s_" #NAME "_ld_g");                                           \
-        T value;                                                                                             \
-        std::memcpy(&value, address, sizeof value);                                                          \
-        return value;                                                                                        \
-    }                                                                                                        \
-    inline void s_##NAME##_st_g(void* address, T value, int sw = 0, EMU_PREDICATE) {                         \
-        emu::only(sw, 0, "s_" #NAME "_st_g");                                                                \
-        EMU_ISSUE_EFFECT("s_" #NAME "_st_g", STORE);                                                         \
-        if (predicate == polarity) return;                                                                   \
-        emu::touch(address, DTYPE, emu::WRITE, "s_" #NAME "_st_g");                                          \
-        std::memcpy(address, &value, sizeof value);                                                          \
+#define EMU_GLOBAL(NAME, T, DTYPE)                                                            \
+    inline T s_##NAME##_ld_g(const void* address, int sw = 0, T income = {}, EMU_PREDICATE) { \
+        emu::only(sw, 0, "s_" #NAME "_ld_g");                                                 \
+        EMU_ISSUE_EFFECT("s_" #NAME "_ld_g", LOAD);                                           \
+        if (predicate == polarity) return income;                                             \
+        emu::touch(address, DTYPE, emu::READ, "s_" #NAME "_ld_g");                            \
+        T value;                                                                              \
+        std::memcpy(&value, address, sizeof value);                                           \
+        return value;                                                                         \
+    }                                                                                         \
+    inline void s_##NAME##_st_g(void* address, T value, int sw = 0, EMU_PREDICATE) {          \
+        emu::only(sw, 0, "s_" #NAME "_st_g");                                                 \
+        EMU_ISSUE_EFFECT("s_" #NAME "_st_g", STORE);                                          \
+        if (predicate == polarity) return;                                                    \
+        emu::touch(address, DTYPE, emu::WRITE, "s_" #NAME "_st_g");                           \
+        std::memcpy(address, &value, sizeof value);                                           \
     }
 EMU_GLOBAL(f32, float, emu::F32)
 EMU_GLOBAL(i32, int32_t, emu::I32)

@@ -153,8 +153,8 @@ EMU_EXPORT const char* otfuse_tpc_parameters() { return EMU_SOURCE_SIGNATURE; }
 EMU_EXPORT int64_t otfuse_tpc_vector_bytes() { return emu::vlm; }
 
 // 0, or 1 with a violation. boxes: [members][tensors][load, store] for a run member by member, or null.
-EMU_EXPORT int otfuse_tpc_run(emu::Tensor* tensors, int count, const uint32_t* scalars, const int32_t* space, uint64_t seed,
-                              emu::Box* boxes, emu::Violation* violation) {
+EMU_EXPORT int otfuse_tpc_run(emu::Tensor* tensors, int count, const uint32_t* scalars, const int32_t* space,
+                              uint64_t seed, emu::Box* boxes, emu::Violation* violation) {
     emu::machine.tensors = tensors;
     emu::machine.count = count;
     emu::machine.call = 0;

@@ -29,7 +29,7 @@ template <class T, int N> class alignas(64) vec {
     template <class U, int M, class = std::enable_if_t<!std::is_same<vec<U, M>, vec>::value>>
     explicit vec(const vec<U, M>& other) {
         static_assert(sizeof(U) * M == sizeof(T) * N, "a cast between vectors keeps the bits");
-        std::memcpy(e, other.lanes(access()), sizeof e);
+        std::memcpy(e, (const void*)__builtin_addressof(other), sizeof e);
 #ifdef OTFUSE_TPC_COUNT
         ready = operand(other);
 #endif
@@ -52,8 +52,6 @@ template <class T, int N> class alignas(64) vec {
     Times& times() { return ready; }
     Times times() const { return ready; }
 #endif
-
-    const T* lanes(const access&) const { return e; }
 
     // A pointer to a vector is good for the vector's own bits only: *(int64*)&x, never *(float*)&x.
     class pointer {
@@ -138,15 +136,15 @@ using uint128 = emu::pair<uint64>;
 #define __global
 #define EMU_PREDICATE bool predicate = true, bool polarity = false
 
-#define EMU_OPERATOR(V, OPERATOR, LATENCY)                                                            \
-    EMU_FUNCTION V operator OPERATOR(const V& a, const V& b) {                                              \
-        V r;                                                                                          \
-        auto *x = emu::lanes(a), *y = emu::lanes(b);                                                  \
-        auto* z = emu::lanes(r);                                                                      \
-        for (int l = 0; l < (int)(256 / sizeof *z); l++) z[l] = x[l] OPERATOR y[l];                   \
-        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY, a, b);                              \
-        return r;                                                                                     \
-    }                                                                                                 \
+#define EMU_OPERATOR(V, OPERATOR, LATENCY)                                          \
+    EMU_FUNCTION V operator OPERATOR(const V& a, const V& b) {                      \
+        V r;                                                                        \
+        auto *x = emu::lanes(a), *y = emu::lanes(b);                                \
+        auto* z = emu::lanes(r);                                                    \
+        for (int l = 0; l < (int)(256 / sizeof *z); l++) z[l] = x[l] OPERATOR y[l]; \
+        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY, a, b);            \
+        return r;                                                                   \
+    }                                                                               \
     inline V& operator OPERATOR##=(V& a, const V& b) { return a = a OPERATOR b; }
 
 EMU_OPERATOR(float64, +, LATENCY_ADD)
@@ -154,14 +152,14 @@ EMU_OPERATOR(float64, -, LATENCY_ADD)
 EMU_OPERATOR(float64, *, LATENCY_MUL)
 
 // Integers wrap around, which in C++ unsigned ones alone do.
-#define EMU_SIGNED_OPERATOR(OPERATOR)                                                                 \
-    EMU_FUNCTION int64 operator OPERATOR(const int64& a, const int64& b) {                                  \
-        int64 r;                                                                                      \
-        for (int l = 0; l < 64; l++)                                                                  \
+#define EMU_SIGNED_OPERATOR(OPERATOR)                                                                     \
+    EMU_FUNCTION int64 operator OPERATOR(const int64& a, const int64& b) {                                \
+        int64 r;                                                                                          \
+        for (int l = 0; l < 64; l++)                                                                      \
             emu::lanes(r)[l] = (int32_t)((uint32_t)emu::lanes(a)[l] OPERATOR (uint32_t)emu::lanes(b)[l]); \
-        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY_ADD, a, b);                          \
-        return r;                                                                                     \
-    }                                                                                                 \
+        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY_ADD, a, b);                              \
+        return r;                                                                                         \
+    }                                                                                                     \
     inline int64& operator OPERATOR##=(int64& a, const int64& b) { return a = a OPERATOR b; }
 EMU_SIGNED_OPERATOR(+)
 EMU_SIGNED_OPERATOR(-)
@@ -178,14 +176,14 @@ EMU_OPERATOR(uchar256, |, LATENCY_ADD)
 EMU_OPERATOR(uchar256, ^, LATENCY_ADD)
 
 // By a number of bits outside [0, 32): nothing is left.
-#define EMU_SHIFT(OPERATOR)                                                                           \
-    EMU_FUNCTION uint64 operator OPERATOR(const uint64& a, const uint64& b) {                               \
-        uint64 r;                                                                                     \
-        for (int l = 0; l < 64; l++)                                                                  \
+#define EMU_SHIFT(OPERATOR)                                                                            \
+    EMU_FUNCTION uint64 operator OPERATOR(const uint64& a, const uint64& b) {                          \
+        uint64 r;                                                                                      \
+        for (int l = 0; l < 64; l++)                                                                   \
             emu::lanes(r)[l] = emu::lanes(b)[l] < 32 ? emu::lanes(a)[l] OPERATOR emu::lanes(b)[l] : 0; \
-        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY_ADD, a, b);                          \
-        return r;                                                                                     \
-    }                                                                                                 \
+        EMU_ISSUE(r, "operator " #OPERATOR, VECTOR, emu::LATENCY_ADD, a, b);                           \
+        return r;                                                                                      \
+    }                                                                                                  \
     inline uint64& operator OPERATOR##=(uint64& a, const uint64& b) { return a = a OPERATOR b; }
 EMU_SHIFT(<<)
 EMU_SHIFT(>>)
@@ -195,12 +193,12 @@ EMU_FUNCTION int64 operator-(const int64& a) { return int64(0) - a; }
 EMU_FUNCTION int64 operator~(const int64& a) { return a ^ int64(-1); }
 EMU_FUNCTION uint64 operator~(const uint64& a) { return a ^ uint64(~0u); }
 
-#define EMU_MASK_OPERATOR(OPERATOR)                                                                   \
-    EMU_FUNCTION bool64 operator OPERATOR(const bool64& a, const bool64& b) {                               \
-        bool64 r;                                                                                     \
-        for (int l = 0; l < 64; l++) emu::lanes(r)[l] = emu::lanes(a)[l] OPERATOR emu::lanes(b)[l];   \
-        EMU_ISSUE(r, "operator " #OPERATOR " of masks", VECTOR, emu::LATENCY_ADD, a, b);              \
-        return r;                                                                                     \
+#define EMU_MASK_OPERATOR(OPERATOR)                                                                           \
+    EMU_FUNCTION bool64 operator OPERATOR(const bool64& a, const bool64& b) {                                 \
+        bool64 r;                                                                                             \
+        for (int l = 0; l < 64; l++) emu::lanes(r)[l] = (int)emu::lanes(a)[l] OPERATOR (int)emu::lanes(b)[l]; \
+        EMU_ISSUE(r, "operator " #OPERATOR " of masks", VECTOR, emu::LATENCY_ADD, a, b);                      \
+        return r;                                                                                             \
     }
 EMU_MASK_OPERATOR(&)
 EMU_MASK_OPERATOR(|)

@@ -10,7 +10,7 @@
 // Adjoints of log u and log v in local memory, behind the vectors of the forward.
 typedef struct {
   int du, dv;  // adjoints
-  int wu, wv;  // what a half round sends through K; where a kernel has none, room of its own
+  int wu, wv;  // what a half round sends through K
 } adjoints;
 
 static inline adjoints lay_out_adjoints(shape* s) {
@@ -30,7 +30,7 @@ static inline four plan_tiles(shape s, vectors p, lifts l, int block, int c) {
   const float64 v = spread_column(local[p.v + (c >> 4)], c);
   four x;
 #define TILE(k) x.v##k = v_f32_mul_b(v_f32_mul_b(local[s.matrix + c * s.row_tiles + t.t##k], u.v##k), v);
-  TILE(0) TILE(1) TILE(2) TILE(3)
+  FOUR_TIMES(TILE);
 #undef TILE
   return x;
 }
@@ -41,7 +41,7 @@ static inline four weighed_tiles(shape s, vectors p, lifts l, tensor grad_plan, 
   const float64 one = 1.0f;
   four x = load_tiles(s, grad_plan, item, block, c, one, one, one, one);
 #define TILE(k) x.v##k = where_positive(plan.v##k, v_f32_mul_b(x.v##k, plan.v##k), (float64)0.0f);
-  TILE(0) TILE(1) TILE(2) TILE(3)
+  FOUR_TIMES(TILE);
 #undef TILE
   return x;
 }
@@ -77,21 +77,17 @@ static inline void weigh(shape s, vectors p, adjoints d, lifts l, range r, tenso
     float64 z[4];
     const int tiles = tiles_in_block(s, block);
 #define TILES(i) sum_of_tiles(s, p, l, grad_plan, item, 16 * block + i)
-#define QUAD(quad)                                                                                                \
-  z[quad] = 0.0f;                                                                                                 \
-  if (4 * quad < tiles)                                                                                           \
+#define QUAD(quad) \
+  z[quad] = 0.0f; \
+  if (4 * quad < tiles) \
     z[quad] = fold_quad(s.by, SUM, TILES(4 * quad), TILES(4 * quad + 1), TILES(4 * quad + 2), TILES(4 * quad + 3));
-    QUAD(0) QUAD(1) QUAD(2) QUAD(3)
+    FOUR_TIMES(QUAD);
 #undef QUAD
 #undef TILES
     const float64 folded = fold_quads(s.by, SUM, z[0], z[1], z[2], z[3]);
     const float64 sums = v_f32_mac_b(load_columns(s, grad_g, block, item), epsilon, folded);
     local[d.dv + block] = where_positive(local[p.b + block], sums, (float64)0.0f);
   }
-}
-
-static inline void clear(int first, int count) {
-  for (int k = 0; k < count; k++) local[first + k] = 0.0f;
 }
 
 // x / weight where there is any.

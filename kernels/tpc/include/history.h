@@ -23,5 +23,6 @@ static inline void restore_scalings(shape s, vectors p, tensor history, int item
 static inline void restore_folds(shape s, vectors p, tensor history, int item, int slot) {
   int at = 64 * (s.row_blocks + s.column_blocks);
   for (int k = 0; k < s.row_blocks; k++, at += 64) local[p.log_u + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
-  for (int k = 0; k < s.column_blocks; k++, at += 64) local[p.log_v + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
+  for (int k = 0; k < s.column_blocks; k++, at += 64)
+    local[p.log_v + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
 }

@@ -55,14 +55,14 @@ static inline void conjugate_gradients(shape s, solve q, int rows, int outer, in
     const float64 next = dot(s, q.residual, q.scaled);
     const float64 kept = quotient(next, product);
     for (int k = 0; k < s.column_blocks; k++)
-      local[q.direction + k] = where_positive(
-          active, v_f32_mac_b(kept, local[q.direction + k], local[q.scaled + k]), local[q.direction + k]);
+      local[q.direction + k] = where_positive(active, v_f32_mac_b(kept, local[q.direction + k], local[q.scaled + k]),
+                                              local[q.direction + k]);
     product = where_positive(active, next, zero);
   }
 }
 
-void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor history, tensor grad_plan, tensor grad_f,
-          tensor grad_g, tensor grad_values, tensor grad_a, tensor grad_b, float scale, int steps) {
+void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor history, tensor grad_plan,
+          tensor grad_f, tensor grad_g, tensor grad_values, tensor grad_a, tensor grad_b, float scale, int steps) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f, zero = 0.0f;
@@ -112,13 +112,13 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
       for (int c = 0; c < s.column_tiles; c++) {
         const float64 mu = spread_column(local[q.solution + (c >> 4)], c);
         four x = load_tiles(s, grad_plan, item, block, c, always, always, always, zero);
-#define TILE(k)                                                                                   \
-  {                                                                                               \
-    const float64 plan = local[s.matrix + c * s.row_tiles + t.t##k];                                         \
-    const float64 weighed = v_f32_mul_b(plan, x.v##k - (lambda.v##k + mu));                       \
-    x.v##k = v_f32_mac_b(where_positive(plan, weighed, zero), (float64)scale, r.poison);          \
+#define TILE(k) \
+  { \
+    const float64 plan = local[s.matrix + c * s.row_tiles + t.t##k]; \
+    const float64 weighed = v_f32_mul_b(plan, x.v##k - (lambda.v##k + mu)); \
+    x.v##k = v_f32_mac_b(where_positive(plan, weighed, zero), (float64)scale, r.poison); \
   }
-        TILE(0) TILE(1) TILE(2) TILE(3)
+        FOUR_TIMES(TILE);
 #undef TILE
         store_tiles(s, grad_values, item, block, c, x);
       }

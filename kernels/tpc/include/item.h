@@ -1,4 +1,4 @@
-// One item in local memory: its kernel matrix as tiles of 16 rows by 4 columns, and what the half rounds read and write.
+// An item in local memory: its kernel matrix as tiles of 16 rows by 4 columns, and the products that half rounds are.
 //
 // Tile (r, c) is one vector: lane l of dual group d holds row 16 r + l, column W d + c, where W is the number of column
 // tiles. Row vectors ("blocks") hold 64 rows in order. Column blocks hold 16 column tiles: lane l of dual group d of
@@ -46,8 +46,12 @@ static inline float scalar_of(tensor from, int i, int item) { return s_f32_ld_g(
 
 // ---- rows: blocks of 64 in order
 
-static inline float64 load_rows(tensor from, int block, int item) { return v_f32_ld_tnsr_b(place(64 * block, item, 0), from); }
-static inline void store_rows(tensor to, int block, int item, float64 x) { v_f32_st_tnsr(place(64 * block, item, 0), to, x); }
+static inline float64 load_rows(tensor from, int block, int item) {
+  return v_f32_ld_tnsr_b(place(64 * block, item, 0), from);
+}
+static inline void store_rows(tensor to, int block, int item, float64 x) {
+  v_f32_st_tnsr(place(64 * block, item, 0), to, x);
+}
 
 // ---- columns
 
@@ -77,10 +81,10 @@ static inline void store_columns(shape s, tensor to, int block, int item, float6
 }
 
 // The columns of tile 16 block + 4 quad + i, each in all lanes of its dual group: i is 0 ... 3, a constant.
-#define SPREAD_COLUMN(x, quad, i)                                                                              \
-  v_f32_shuffle_b(x,                                                                                           \
+#define SPREAD_COLUMN(x, quad, i) \
+  v_f32_shuffle_b(x, \
                   (uchar256)(uint64)(uint32_t)(ENABLE | (((i) & 1) << 5) | (((i) >> 1) << 2) | (((quad) & 1) << 1) | \
-                                               ((quad) >> 1)),                                                 \
+                                               ((quad) >> 1)), \
                   0, x)
 
 // ---- four tiles below each other, and four column tiles side by side
@@ -115,14 +119,14 @@ static inline four spread_rows(float64 x) {
   return y;
 }
 
-// ---- products of the matrix at 0 with a vector
+// ---- products of the matrix with a vector
 
 // Sums over the columns, sum_j K_ij w_j, for the rows of a block; w are the column blocks at `w`.
 static inline float64 times_columns(shape s, int block, int w) {
   const places r = row_places(s, block);
   float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-#define COLUMN(x, i)                             \
-  {                                              \
+#define COLUMN(x, i) \
+  { \
     const float64 y = SPREAD_COLUMN(x, quad, i); \
     s0 = v_f32_mac_b(local[c.t##i + r.t0], y, s0); \
     s1 = v_f32_mac_b(local[c.t##i + r.t1], y, s1); \
@@ -135,11 +139,14 @@ static inline float64 times_columns(shape s, int block, int w) {
     for (int quad = 0; 4 * quad < tiles; quad++) {
       const places c = column_places(s, 16 * k + 4 * quad);
       const int count = tiles - 4 * quad;
-      COLUMN(x, 0)
+      COLUMN(x, 0);
       if (count > 3) {
-        COLUMN(x, 1) COLUMN(x, 2) COLUMN(x, 3)
+        COLUMN(x, 1);
+        COLUMN(x, 2);
+        COLUMN(x, 3);
       } else if (count > 1) {  // with a count of two the last weighs nothing
-        COLUMN(x, 1) COLUMN(x, 2)
+        COLUMN(x, 1);
+        COLUMN(x, 2);
       }
     }
   }
@@ -151,27 +158,29 @@ static inline float64 times_columns(shape s, int block, int w) {
 static inline float64 times_rows(shape s, int block, int w) {
   float64 z[4];
   const int tiles = tiles_in_block(s, block);
-#define COLUMN(i)                                       \
+#define COLUMN(i) \
   s##i = v_f32_mac_b(local[c.t##i + r.t0], x.v0, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t1], x.v1, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t2], x.v2, s##i); \
   s##i = v_f32_mac_b(local[c.t##i + r.t3], x.v3, s##i);
-#define QUAD(quad)                                                    \
-  z[quad] = 0.0f;                                                     \
-  if (4 * quad < tiles) {                                             \
-    const places c = column_places(s, 16 * block + 4 * quad);         \
-    float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;               \
-    for (int k = 0; k < s.row_blocks; k++) {                          \
-      const places r = row_places(s, k);                              \
-      const four x = spread_rows(local[w + k]);                       \
-      COLUMN(0)                                                       \
-      if (4 * quad + 1 < tiles) {                                     \
-        COLUMN(1) COLUMN(2) COLUMN(3)                                 \
-      }                                                               \
-    }                                                                 \
-    z[quad] = fold_quad(s.by, SUM, s0, s1, s2, s3);                   \
+#define QUAD(quad) \
+  z[quad] = 0.0f; \
+  if (4 * quad < tiles) { \
+    const places c = column_places(s, 16 * block + 4 * quad); \
+    float64 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f; \
+    for (int k = 0; k < s.row_blocks; k++) { \
+      const places r = row_places(s, k); \
+      const four x = spread_rows(local[w + k]); \
+      COLUMN(0); \
+      if (4 * quad + 1 < tiles) { \
+        COLUMN(1); \
+        COLUMN(2); \
+        COLUMN(3); \
+      } \
+    } \
+    z[quad] = fold_quad(s.by, SUM, s0, s1, s2, s3); \
   }
-  QUAD(0) QUAD(1) QUAD(2) QUAD(3)
+  FOUR_TIMES(QUAD);
 #undef QUAD
 #undef COLUMN
   return fold_quads(s.by, SUM, z[0], z[1], z[2], z[3]);
@@ -180,13 +189,13 @@ static inline float64 times_rows(shape s, int block, int w) {
 // ---- values to tiles and back
 
 // Four tiles of `values` times `sign`, those of a block of rows in column tile c. Padding becomes `otherwise`.
-static inline four load_tiles(shape s, tensor values, int item, int block, int c, float64 live_rows, float64 live_columns, float64 sign,
-                       float64 otherwise) {
+static inline four load_tiles(shape s, tensor values, int item, int block, int c, float64 live_rows,
+                              float64 live_columns, float64 sign, float64 otherwise) {
   four x;
-#define LOAD(d)                                                                          \
+#define LOAD(d) \
   x.v##d = load_values(place(64 * block, s.column_tiles * d + c, item), values); \
   x.v##d = where_positive(live_rows, v_f32_mul_b(x.v##d, sign), otherwise);
-  LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+  FOUR_TIMES(LOAD);
 #undef LOAD
   x = transposed(x);
   const float64 live = live_columns;

@@ -37,7 +37,9 @@ static inline float64 reverse_lanes(float64 x) {
 // How lanes are put together: added up, or the larger one kept. A constant wherever it is used.
 #define SUM 0
 #define LARGEST 1
-static inline float64 joined(int how, float64 x, float64 y) { return how == SUM ? v_f32_add_b(x, y) : v_f32_max_b(x, y); }
+static inline float64 joined(int how, float64 x, float64 y) {
+  return how == SUM ? v_f32_add_b(x, y) : v_f32_max_b(x, y);
+}
 
 // Two vectors become one, each reduced by half: a fills the dual groups, groups or lanes named first, b the others.
 static inline float64 fold_32(int how, float64 a, float64 b) {
@@ -92,7 +94,9 @@ static inline float64 fold_quads(selectors by, int how, float64 z0, float64 z1, 
 static inline float64 over_groups(int how, float64 x) {
   return joined(how, x, v_f32_mov_group_b(x, EVERY_LANE, BOTH_GROUPS | EVERY_DUAL_GROUP, x));
 }
-static inline float64 over_partners(int how, float64 x, uchar256 all) { return joined(how, x, v_f32_shuffle_b(x, all, 0, x)); }
+static inline float64 over_partners(int how, float64 x, uchar256 all) {
+  return joined(how, x, v_f32_shuffle_b(x, all, 0, x));
+}
 static inline float64 over_all_lanes(selectors by, int how, float64 x) {
   x = joined(how, x, MOVE_DUAL_GROUPS(x, 2, 3, 0, 1, MkWrA(3, 3, 3, 3), x));
   x = joined(how, x, MOVE_DUAL_GROUPS(x, 1, 0, 3, 2, MkWrA(3, 3, 3, 3), x));
@@ -101,6 +105,9 @@ static inline float64 over_all_lanes(selectors by, int how, float64 x) {
   x = over_partners(how, x, by.all2);
   return over_partners(how, x, by.all1);
 }
+
+// For macros that stand for the members of a struct of four.
+#define FOUR_TIMES(what) what(0) what(1) what(2) what(3)
 
 // A 4 x 4 transposition of dual groups, its own inverse: dual group d of vector k becomes dual group k of vector d.
 typedef struct {

@@ -37,6 +37,7 @@ static inline float64 exponential(float64 x, int lift) {
   const float64 least = -87.0f - 0.6931f * (float)lift;
   return v_f32_sel_less_f32_b(x, least, (float64)0.0f, from_bits(bits_of(p) + exponent));
 }
+
 // log(x) for normal positive x. Cephes' polynomial on [sqrt(1/2), sqrt(2)].
 static inline float64 logarithm(float64 x) {
   const int64 bits = bits_of(x) + (0x3F800000 - 0x3F3504F3);
@@ -57,8 +58,12 @@ static inline float64 logarithm(float64 x) {
   return v_f32_mac_b(e, (float64)0.693359375f, z + p);
 }
 
-// A smallest "finite" number: no value is less.
+// Stands for padding where the largest of some values is wanted.
 #define LEAST -3.0e38f
+
+// The scaling form is safe while log K spreads by 40 at most, and together with the logarithms of the weights by 60.
+#define MOST_SPREAD 40.0f
+#define MOST_SPREAD_WITH_WEIGHTS 60.0f
 
 // Between two folds sums may fall as low as the product of the smallest weights, 1e-40 say, which is flushed. So where
 // K may be folded, local memory holds 2^LIFT K; `lifts` are the factors for what sums are compared with, and back.

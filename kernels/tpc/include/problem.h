@@ -36,8 +36,6 @@ static inline void load_weights(shape s, vectors p, tensor a, tensor b, int item
   for (int k = 0; k < s.column_blocks; k++) local[p.b + k] = load_columns(s, b, k, item);
 }
 
-#define LEAST -3.0e38f
-
 // Four tiles of a block of rows to column tile c of the matrix at `matrix`.
 static inline void keep_tiles(shape s, int matrix, int block, int c, four x) {
   const int tile = matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
@@ -47,7 +45,8 @@ static inline void keep_tiles(shape s, int matrix, int block, int c, four x) {
   if (tiles > 3) local[tile + 3] = x.v3;
 }
 
-// Reads all values of an item; the other sign of them if `flip`. `keep` leaves them in the place of K, LEAST at padding.
+// Reads all values of an item; the other sign of them if `flip`. `keep` leaves them in the place of K, LEAST at
+// padding.
 static inline range range_of(shape s, vectors p, tensor values, int item, float scale, int flip, int keep) {
   range r;
   float64 largest = LEAST, poison = 0.0f, mass = 0.0f;
@@ -82,7 +81,7 @@ static inline four log_tiles(shape s, vectors p, range r, tensor values, int ite
   const four log_u = spread_rows(local[p.log_u + block]);
   const float64 log_v = spread_column(local[p.log_v + (c >> 4)], c);
 #define TILE(k) x.v##k = v_f32_mac_b(x.v##k - r.shift, r.size, log_u.v##k) + log_v;
-  TILE(0) TILE(1) TILE(2) TILE(3)
+  FOUR_TIMES(TILE);
 #undef TILE
   return x;
 }
@@ -103,10 +102,10 @@ static inline void fill(shape s, vectors p, range r, tensor values, int item, fl
       const four x = log_tiles(s, p, r, values, item, block, c);
       const int tile = s.matrix + c * s.row_tiles + 4 * block, tiles = s.row_tiles - 4 * block;
 #define TILE(k) local[tile + k] = where_positive(renewed, exponential(x.v##k, LIFT), local[tile + k]);
-      TILE(0)
-      if (tiles > 1) TILE(1)
-      if (tiles > 2) TILE(2)
-      if (tiles > 3) TILE(3)
+      TILE(0);
+      if (tiles > 1) TILE(1);
+      if (tiles > 2) TILE(2);
+      if (tiles > 3) TILE(3);
 #undef TILE
     }
   }
@@ -126,7 +125,8 @@ static inline void start_rows(shape s, vectors p) {
   for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = where_positive(local[p.a + k], (float64)1.0f, (float64)0.0f);
 }
 static inline void start_columns(shape s, vectors p) {
-  for (int k = 0; k < s.column_blocks; k++) local[p.v + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
+  for (int k = 0; k < s.column_blocks; k++)
+    local[p.v + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
 }
 static inline void clear_folds(shape s, vectors p) {
   for (int k = 0; k < s.row_blocks; k++) local[p.log_u + k] = 0.0f;
@@ -178,8 +178,9 @@ static inline void lift_columns(shape s, vectors p, range r, tensor values, int 
   for (int block = 0; block < s.column_blocks; block++) {
     float64 z[4];
 #define MOST(i) largest_of_tiles(s, p, r, values, item, 16 * block + i)
-#define QUAD(quad) z[quad] = fold_quad(s.by, LARGEST, MOST(4 * quad), MOST(4 * quad + 1), MOST(4 * quad + 2), MOST(4 * quad + 3));
-    QUAD(0) QUAD(1) QUAD(2) QUAD(3)
+#define QUAD(quad) \
+  z[quad] = fold_quad(s.by, LARGEST, MOST(4 * quad), MOST(4 * quad + 1), MOST(4 * quad + 2), MOST(4 * quad + 3));
+    FOUR_TIMES(QUAD);
 #undef QUAD
 #undef MOST
     const float64 most = fold_quads(s.by, LARGEST, z[0], z[1], z[2], z[3]);
@@ -196,8 +197,7 @@ static inline void log_round(shape s, vectors p, range r, tensor values, int ite
   fill(s, p, r, values, item, always);
   start_columns(s, p);
   update_sums(s, p);
-  for (int k = 0; k < s.row_blocks; k++)
-    local[p.u + k] = divided(v_f32_mul_b(local[p.a + k], l.up), local[p.rows + k]);
+  for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = divided(v_f32_mul_b(local[p.a + k], l.up), local[p.rows + k]);
   fold_rows(s, p, always);
   lift_columns(s, p, r, values, item);
   fill(s, p, r, values, item, always);

@@ -8,7 +8,7 @@
 
 typedef struct {
   float64 a, b, u, v;
-  float64 rows;          // K v
+  float64 rows;           // K v
   float64 active, count;  // whether the item is not frozen; rounds run
 } registers;
 
@@ -46,12 +46,15 @@ static inline float64 row_sums(shape s, float64 v) {
   const float64 v3 = SPREAD_COLUMN(v, 0, 3), v4 = SPREAD_COLUMN(v, 1, 0);
   float64 s0 = v_f32_mul_b(TILE(0, 0), v0), s1 = v_f32_mul_b(TILE(0, 1), v0);
   float64 s2 = v_f32_mul_b(TILE(0, 2), v0), s3 = v_f32_mul_b(TILE(0, 3), v0);
-#define COLUMN(c)                        \
+#define COLUMN(c) \
   s0 = v_f32_mac_b(TILE(c, 0), v##c, s0); \
   s1 = v_f32_mac_b(TILE(c, 1), v##c, s1); \
   s2 = v_f32_mac_b(TILE(c, 2), v##c, s2); \
   s3 = v_f32_mac_b(TILE(c, 3), v##c, s3);
-  COLUMN(1) COLUMN(2) COLUMN(3) COLUMN(4)
+  COLUMN(1);
+  COLUMN(2);
+  COLUMN(3);
+  COLUMN(4);
 #undef COLUMN
   return fold_rows_of(SUM, s0, s1, s2, s3);
 }
@@ -61,13 +64,15 @@ static inline float64 column_sums(shape s, float64 u) {
   const four w = spread_rows(u);
   float64 s0 = v_f32_mul_b(TILE(0, 0), w.v0), s1 = v_f32_mul_b(TILE(1, 0), w.v0), s2 = v_f32_mul_b(TILE(2, 0), w.v0);
   float64 s3 = v_f32_mul_b(TILE(3, 0), w.v0), s4 = v_f32_mul_b(TILE(4, 0), w.v0);
-#define ROW(k)                            \
+#define ROW(k) \
   s0 = v_f32_mac_b(TILE(0, k), w.v##k, s0); \
   s1 = v_f32_mac_b(TILE(1, k), w.v##k, s1); \
   s2 = v_f32_mac_b(TILE(2, k), w.v##k, s2); \
   s3 = v_f32_mac_b(TILE(3, k), w.v##k, s3); \
   s4 = v_f32_mac_b(TILE(4, k), w.v##k, s4);
-  ROW(1) ROW(2) ROW(3)
+  ROW(1);
+  ROW(2);
+  ROW(3);
 #undef ROW
   const float64 z = fold_quad(s.by, SUM, s0, s1, s2, s3);
   const float64 y = over_partners(SUM, over_groups(SUM, s4), s.by.all4);

@@ -51,7 +51,7 @@ static inline void store_plan(shape s, vectors p, lifts l, range r, tensor plan,
       const float64 v = spread_column(local[p.v + (c >> 4)], c);
       four x;
 #define TILE(k) x.v##k = v_f32_mac_b(v_f32_mul_b(local[s.matrix + c * s.row_tiles + t.t##k], u.v##k), v, r.poison);
-      TILE(0) TILE(1) TILE(2) TILE(3)
+      FOUR_TIMES(TILE);
 #undef TILE
       store_tiles(s, plan, item, block, c, x);
     }
@@ -119,35 +119,35 @@ static inline void finish(slot x, tensor plan, tensor f, tensor g, tensor report
 #endif
 
 // All rounds of an item that fits registers.
-#define ROUNDS(freezing)                                          \
-  for (int t = 0; t < num_iters; t++) {                           \
-    state = rows_of_round(state, freezing);                       \
+#define ROUNDS(freezing) \
+  for (int t = 0; t < num_iters; t++) { \
+    state = rows_of_round(state, freezing); \
     state = columns_of_round(state, column_sums(x.s, state.u), freezing); \
-    KEEP(x, state)                                                \
-    state.rows = row_sums(x.s, state.v);                          \
-    if (freezing) state = freeze(x.s, state, x.r.poison, tol);    \
+    KEEP(x, state) \
+    state.rows = row_sums(x.s, state.v); \
+    if (freezing) state = freeze(x.s, state, x.r.poison, tol); \
   }
 
 // Of two. The second is half a step behind: a division is a chain of few operations, sums are many that do not wait,
 // and so one item divides while the other adds up. Its u is ready before a round begins.
-#define ROUNDS_OF_TWO(freezing)                                   \
-  float64 next_u = rows_of_round(other, freezing).u;              \
-  for (int t = 0; t < num_iters; t++) {                           \
-    other.u = next_u;                                             \
-    const float64 other_columns = column_sums(y.s, other.u);      \
-    state = rows_of_round(state, freezing);                       \
-    const float64 columns = column_sums(x.s, state.u);            \
-    other = columns_of_round(other, other_columns, freezing);     \
-    KEEP(y, other)                                                \
-    other.rows = row_sums(y.s, other.v);                          \
-    state = columns_of_round(state, columns, freezing);           \
-    KEEP(x, state)                                                \
-    state.rows = row_sums(x.s, state.v);                          \
-    if (freezing) {                                               \
-      other = freeze(y.s, other, y.r.poison, tol);                \
-      state = freeze(x.s, state, x.r.poison, tol);                \
-    }                                                             \
-    next_u = rows_of_round(other, freezing).u;                    \
+#define ROUNDS_OF_TWO(freezing) \
+  float64 next_u = rows_of_round(other, freezing).u; \
+  for (int t = 0; t < num_iters; t++) { \
+    other.u = next_u; \
+    const float64 other_columns = column_sums(y.s, other.u); \
+    state = rows_of_round(state, freezing); \
+    const float64 columns = column_sums(x.s, state.u); \
+    other = columns_of_round(other, other_columns, freezing); \
+    KEEP(y, other) \
+    other.rows = row_sums(y.s, other.v); \
+    state = columns_of_round(state, columns, freezing); \
+    KEEP(x, state) \
+    state.rows = row_sums(x.s, state.v); \
+    if (freezing) { \
+      other = freeze(y.s, other, y.r.poison, tol); \
+      state = freeze(x.s, state, x.r.poison, tol); \
+    } \
+    next_u = rows_of_round(other, freezing).u; \
   }
 
 void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
@@ -191,16 +191,18 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
       if (x.form > 0) {
         RECORD(x, 0);
       }
+      int next_fold = x.form > 0 ? 1 + x.form : num_iters;
       for (int t = x.form > 0 ? 1 : 0; t < num_iters; t++) {
         if (t > 0 && tol > 0.0f) {
           const float64 error = row_error(x.s, x.p, lifts_of(x.form)) + x.r.poison;
           active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
         }
-        if (x.form > 0 && t > 1 && (t - 1) % x.form == 0) {
+        if (t == next_fold) {
           fold_rows(x.s, x.p, active);
           fold_columns(x.s, x.p, active);
           fill(x.s, x.p, x.r, values, item, active);
           update_sums(x.s, x.p);
+          next_fold += x.form;
         }
         one_round(x.s, x.p, lifts_of(x.form), active);
         x.rounds = x.rounds + active;

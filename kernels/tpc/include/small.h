@@ -10,8 +10,6 @@
 #include "values.h"
 
 #define MOST_SIDE 8
-#define MOST_SPREAD 40.0f
-#define MOST_SPREAD_WITH_WEIGHTS 60.0f
 
 __local__ float64 K[MOST_SIDE * MOST_SIDE];  // entry (i, j) at i M + j
 __local__ float64 a[MOST_SIDE], u[MOST_SIDE], log_u[MOST_SIDE], rows[MOST_SIDE];
@@ -95,8 +93,7 @@ static inline void update_columns(batch s, float64 active) {
 
 static inline float64 row_error(batch s) {
   float64 error = s.poison;
-  for (int i = 0; i < s.N; i++)
-    error = error + v_f32_abs_b(v_f32_mul_b(u[i], v_f32_mul_b(rows[i], s.by.back)) - a[i]);
+  for (int i = 0; i < s.N; i++) error = error + v_f32_abs_b(v_f32_mul_b(u[i], v_f32_mul_b(rows[i], s.by.back)) - a[i]);
   return error;
 }
 
@@ -194,14 +191,15 @@ static inline float64 is_absorbed(batch s, tensor values) {
   return v_f32_sel_geq_f32_b(s.poison, zero, absorbed, zero);
 }
 
-static inline void store_potential(batch s, tensor to, int i, float64 weight, float64 scaling, float64 folded, float64 shift) {
+static inline void store_potential(batch s, tensor to, int i, float64 weight, float64 scaling, float64 folded,
+                                   float64 shift) {
   const float64 epsilon = quotient((float64)1.0f, s.size);
   const float64 value = v_f32_mac_b(folded + logarithm(scaling), epsilon, s.poison) - shift;
   v_f32_st_tnsr(place(s.lane, i, 0), to, where_positive(weight, value, s.poison - INFINITE));
 }
 
-void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor f, tensor g, tensor report, float scale,
-          int num_iters, float tol, int fold_every) {
+void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor f, tensor g, tensor report,
+          float scale, int num_iters, float tol, int fold_every) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
   const float64 one = 1.0f, zero = 0.0f;
@@ -222,12 +220,14 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
       fill(s, values, absorbed);
     }
     update_columns(s, one);
+    int next_fold = fold_every > 0 ? 1 : num_iters;
     for (int t = 1; t < num_iters; t++) {
-      if (fold_every > 0 && (t - 1) % fold_every == 0) {
+      if (t == next_fold) {
         const float64 folding = v_f32_min_b(absorbed, active);
         fold_rows(s, folding);
         fold_columns(s, folding);
         fill(s, values, folding);
+        next_fold += fold_every;
       }
       row_sums(s);
       if (tol > 0.0f) {

@@ -1,8 +1,7 @@
 // The form that an item's own range asks for: 0 = SCALING, otherwise the rounds between two folds.
 //
-// The scaling form is safe while log K spreads by 40 at most, and together with the logarithms of the weights by 60.
-// Beyond, a round changes a scaling by a factor of one over the product of the smallest weights at most: 70 binary
-// orders between two folds keep every sum a normal number.
+// A round changes a scaling by a factor of one over the product of the smallest weights at most: 70 binary orders
+// between two folds keep every sum a normal number.
 
 #include "lanes.h"
 #include "numeric.h"
@@ -10,8 +9,6 @@
 #include "item.h"
 #include "problem.h"
 
-#define MOST_SPREAD 40.0f
-#define MOST_SPREAD_WITH_WEIGHTS 60.0f
 #define MOST_BITS 70.0f
 #define MOST_ROUNDS 16.0f
 
@@ -49,8 +46,9 @@ void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
     float64 form = quotient((float64)MOST_BITS, v_f32_max_b(bits, (float64)1.0f));
     form = v_f32_nearbyint_b(form - 0.5f);
     form = v_f32_max_b(v_f32_min_b(form, (float64)MOST_ROUNDS), (float64)1.0f);
-    form = v_f32_sel_leq_f32_b(spread, (float64)MOST_SPREAD,
-                               v_f32_sel_leq_f32_b(with_weights, (float64)MOST_SPREAD_WITH_WEIGHTS, (float64)0.0f, form), form);
+    form = v_f32_sel_leq_f32_b(
+        spread, (float64)MOST_SPREAD,
+        v_f32_sel_leq_f32_b(with_weights, (float64)MOST_SPREAD_WITH_WEIGHTS, (float64)0.0f, form), form);
     // Nothing to be solved: no mass, or something that is not finite.
     form = where_positive(high.mass, form, (float64)0.0f);
     form = v_f32_sel_geq_f32_b(high.poison, (float64)0.0f, form, (float64)0.0f);

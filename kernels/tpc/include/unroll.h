@@ -10,6 +10,10 @@ typedef struct {
   int first, last, at;
 } part;
 
+static inline void clear(int first, int count) {
+  for (int k = 0; k < count; k++) local[first + k] = 0.0f;
+}
+
 // dL -= K (x y' + z w'): tiles of the slice, x and z blocks of rows, y and w of columns.
 static inline void subtract_terms(shape s, part q, lifts l, int x, int y, int z, int w) {
   for (int block = 0; block < s.row_blocks; block++) {
@@ -20,11 +24,12 @@ static inline void subtract_terms(shape s, part q, lifts l, int x, int y, int z,
       const float64 ys = spread_column(local[y + (c >> 4)], c), ws = spread_column(local[w + (c >> 4)], c);
       const int from = s.matrix + c * s.row_tiles + 4 * block, to = q.at + (c - q.first) * s.row_tiles + 4 * block;
 #define TILE(k) \
-  local[to + k] = v_f32_mac_b(local[from + k], v_f32_mac_b(zs.v##k, ws, v_f32_mul_b(xs.v##k, ys)), local[to + k], SW_NEG);
-      TILE(0)
-      if (tiles > 1) TILE(1)
-      if (tiles > 2) TILE(2)
-      if (tiles > 3) TILE(3)
+  local[to + k] = \
+      v_f32_mac_b(local[from + k], v_f32_mac_b(zs.v##k, ws, v_f32_mul_b(xs.v##k, ys)), local[to + k], SW_NEG);
+      TILE(0);
+      if (tiles > 1) TILE(1);
+      if (tiles > 2) TILE(2);
+      if (tiles > 3) TILE(3);
 #undef TILE
     }
   }
@@ -43,15 +48,15 @@ static inline void store_slice(shape s, part q, range r, float scale, tensor gra
       const int from = q.at + (c - q.first) * s.row_tiles;
       four x;
 #define TILE(k) x.v##k = v_f32_mac_b(local[from + t.t##k], (float64)scale, r.poison);
-      TILE(0) TILE(1) TILE(2) TILE(3)
+      FOUR_TIMES(TILE);
 #undef TILE
       store_tiles(s, grad_values, item, block, c, x);
     }
   }
 }
 
-void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor history, tensor grad_plan, tensor grad_f,
-          tensor grad_g, tensor grad_values, tensor grad_a, tensor grad_b, float scale, int slice) {
+void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor history, tensor grad_plan,
+          tensor grad_f, tensor grad_g, tensor grad_values, tensor grad_a, tensor grad_b, float scale, int slice) {
   const int5 first = get_index_space_offset();
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f;
@@ -75,13 +80,18 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
       clear(d.du, s.row_blocks);
       clear(d.dv, s.column_blocks);
       clear(q.at, (q.last - q.first) * s.row_tiles);
+      int fold = 1 + form;  // the last round before which K was folded
+      while (form > 0 && fold + form < rounds) fold += form;
+      int refill = form > 0;
       for (int t = rounds - 1; t >= 0; t--) {
-        const int folded = form > 0 && t > 1 && (t - 1) % form == 0;  // K, right before this round
+        const int folded = form > 0 && t > 1 && t == fold;
         restore_scalings(s, p, history, item, t);
-        if (form > 0 && (t == rounds - 1 || (t > 0 && t % form == 0))) {  // it is not that of the round after
+        if (refill) {
           restore_folds(s, p, history, item, t);
           fill(s, p, r, values, item, always);
         }
+        refill = folded;  // the round before had another K
+        if (folded) fold -= form;
         if (t == rounds - 1) {
           weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
           start_slice(s, p, l, q, grad_plan, item);

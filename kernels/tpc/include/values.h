@@ -1,4 +1,4 @@
-// 64 elements along dimension 0 of a tensor of the kernel's dtype, as float32: the including file defines BFLOAT16 or not.
+// 64 elements along dimension 0 of a tensor of the kernel's dtype, as float32. BFLOAT16 is defined or not.
 
 #ifndef BFLOAT16
 
@@ -26,7 +26,7 @@ static inline float64 exchange_groups(float64 x) {
 }
 
 static inline float64 load_values(int5 at, tensor from) {
-  const bfloat128 pairs = v_bf16_ld_tnsr_b(at, from);
+  const bfloat128 pairs = v_bf16_ld_tnsr_partial_b(at, from, 63, 0);  // the other half may be another member's
   const int64 bits = *((int64*)&pairs);
   const float64 even = from_bits(v_i32_shl_b(bits, (int64)16));
   const float64 odd = from_bits(bits & (int64)0xFFFF0000);
