@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from lavcap.visual import build_visual_encoder, preprocess, visual_fingerprint
 
     config = load_config(args.config, args.set)
+    if "://" in config.data.folder:
+        raise ValueError(f"data.folder is {config.data.folder}: prepare on a disk, then copy the folder there as it is")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = build_visual_encoder(config.visual).to(device)
     stored = getattr(torch, config.visual.precision.value)
