@@ -13,6 +13,7 @@ import pytest
 import torch
 from lavcap import checkpoint, train
 from lavcap.captioner import load_captioner
+from lavcap.cli import main
 from lavcap.config import (
     AudioOnly,
     Concatenation,
@@ -216,6 +217,13 @@ def test_a_nan_is_shown_and_not_averaged_away(tmp_path: Path, monkeypatch: pytes
     trainer.model.projector.weight.data.fill_(math.nan)
     train.run(trainer)
     assert math.isnan(losses(trainer)[0][0])
+
+
+def test_the_command_says_what_to_do_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+    assert main(["train", str(config), "--data", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
+    assert "make it with 'lavcap prepare'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def other(config: Config, section: str, **values: object) -> Config:
