@@ -253,9 +253,7 @@ def refuse_sharding(state: Any) -> None:
     """Raise ``ValueError`` for ways to share weights out that our checkpoints would not survive."""
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(
-            f"FSDP {fsdp.fsdp_version} hides weights: set fsdp_version: 2, as in accelerate/fsdp.yaml"
-        )
+        raise ValueError(f"FSDP {fsdp.fsdp_version} hides weights: set fsdp_version: 2, as in accelerate/fsdp.yaml")
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("DeepSpeed's ZeRO-3 is not supported: set zero_stage: 2, or take accelerate/fsdp.yaml")
 
