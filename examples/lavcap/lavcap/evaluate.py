@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -14,7 +14,7 @@ from lavcap.config import GenerationConfig
 from lavcap.data.dataset import PreparedDataset
 from lavcap.data.sample import RawBatch, collate
 from lavcap.prompts import test_prompt
-from lavcap.text import encode_text
+from lavcap.trainer import as_model_batch
 from lavcap.visual import visual_fingerprint
 
 
@@ -40,22 +40,11 @@ def caption_clips(
 def caption_batch(checkpoint: Checkpoint, batch: RawBatch, generation: GenerationConfig) -> list[str]:
     """One caption a clip."""
     captioner, tokenizer, config = checkpoint
+    prompts = [test_prompt(config.prompts)] * len(batch.clip_ids)
+    inputs = as_model_batch(tokenizer, batch, prompts, None)
     device = next(captioner.parameters()).device
-    text = encode_text(tokenizer, [test_prompt(config.prompts)] * len(batch.clip_ids), None)
-    return captioner.generate(
-        batch.waveform.to(device),
-        batch.num_samples.to(device),
-        batch.visual.to(device),
-        batch.num_frames.to(device),
-        tuple(ids.to(device) for ids in text["prompt_ids"]),
-        tuple(mask.to(device) for mask in text["prompt_masks"]),
-        generation=generation,
-    )
+    return captioner.generate(**send_to_device(inputs, device), generation=generation)
 
 
 def _context(workers: int) -> str | None:
     return "spawn" if workers else None  # a fork would copy the threads of the captioner's device
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -70,11 +70,21 @@ def train(config: Config) -> Captioning:
 
 
 def run(trainer: Captioning) -> None:
-    """Train to the end from wherever the output folder stands, and write the log there."""
+    """Train to the end from wherever the output folder stands, and write the log there.
+
+    Raises:
+        ValueError: the checkpoint to go on from was written by another number of processes.
+    """
     output, seed = Path(trainer.args.output_dir), trainer.config.train.seed
     latest = checkpoint.latest_checkpoint(output)
     if latest is not None:
         logger.warning("going on from %s", latest)
+        before = len(list(latest.glob("rng_state*.pth")))
+        if before != trainer.args.world_size:
+            raise ValueError(
+                f"{latest} was written by {before} processes and now there are {trainer.args.world_size}, which would "
+                "share the clips out differently: start as many as before"
+            )
     # Draws inside the model (dropout, masks) differ between processes; the order of clips does not.
     torch.manual_seed(seed + trainer.args.process_index)
     trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
@@ -173,7 +183,8 @@ def training_settings(config: Config) -> dict[str, Any]:
         "dataloader_drop_last": True,  # every update is of one size, however many processes share it
         "dataloader_num_workers": config.data.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_persistent_workers": config.data.workers > 0,
+        # Workers that lived on would spare later epochs a draw, which a resumed run makes: its dropout would differ.
+        "dataloader_persistent_workers": False,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
         "eval_strategy": "epoch",

@@ -17,8 +17,8 @@ from accelerate.utils import save_fsdp_optimizer, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
-from transformers.utils import logging
 
 from lavcap import checkpoint
 from lavcap.config import Average, Config, Reduction
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 else:
     AnyTrainer = object  # which one it is mixed into is not known here
 
-logger = logging.get_logger(__name__)
 CAPTION_LOG = "captions.jsonl"
 
 
@@ -48,7 +47,8 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
         labels, both = batch["labels"], (batch["num_samples"] > 0) & (batch["num_frames"] > 0)
-        return cls(torch.tensor(float(len(labels))), (labels != IGNORED).sum().float(), both.sum().float())
+        clips = torch.tensor(float(len(labels)), device=labels.device)
+        return cls(clips, (labels != IGNORED).sum().float(), both.sum().float())
 
 
 class Captioning(AnyTrainer):
@@ -64,6 +64,7 @@ class Captioning(AnyTrainer):
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
         self.config = config
         super().__init__(data_collator=collate, processing_class=tokenizer, **options)
+        refuse_sharding(self.accelerator.state)
         self.model_accepts_loss_kwargs = True  # the Trainer then leaves the averaging to compute_loss
         self._parts = torch.zeros(2)  # cross-entropy and OT loss, added up since the log's last line
         self._updates = 0  # since then
@@ -95,10 +96,10 @@ class Captioning(AnyTrainer):
         output, loss = model(**inputs), self.config.loss
         here, everywhere = Counts.of(inputs), Counts(*num_items_in_batch)
         words = "clips" if loss.ce_average is Average.ITEM else "tokens"
-        ce = output.ce_loss * (getattr(here, words).to(everywhere.clips) / getattr(everywhere, words))
+        ce = output.ce_loss * (getattr(here, words) / getattr(everywhere, words))
         ot = torch.zeros_like(ce)
         if output.ot_loss is not None:
-            share = here.pairs.to(everywhere.pairs) / everywhere.pairs.clamp(min=1)
+            share = here.pairs / everywhere.pairs.clamp(min=1)
             ot = output.ot_loss * (share if loss.reduction is Reduction.MEAN else 1.0)
         # Gradients are averaged over processes, of which each holds a share of a sum.
         processes = self.accelerator.num_processes
@@ -173,7 +174,7 @@ class Captioning(AnyTrainer):
             for sample, caption in zip(samples, captions):
                 row = {"step": self.state.global_step, "clip_id": sample.clip_id, "caption": caption}
                 file.write(json.dumps(row | {"reference": sample.captions[0]}) + "\n")
-                logger.info("step %d %s: %s", self.state.global_step, sample.clip_id, caption)
+                tqdm.write(f"{sample.clip_id}: {caption}")
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device; unlike the Trainer's, never in another dtype, as sound in half precision is noise."""
@@ -246,6 +247,15 @@ class Cadence(TrainerCallback):
 
     def _further(self, state: Any) -> bool:
         return self.train.checkpoint_steps is not None and state.global_step % self.train.checkpoint_steps == 0
+
+
+def refuse_sharding(state: Any) -> None:
+    """Raise ``ValueError`` for ways to share weights out that our checkpoints would not survive."""
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(f"FSDP {fsdp.fsdp_version} hides weights: set fsdp_version: 2, as in accelerate/fsdp.yaml")
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError("DeepSpeed's ZeRO-3 is not supported: set zero_stage: 2, or take accelerate/fsdp.yaml")
 
 
 def as_model_batch(

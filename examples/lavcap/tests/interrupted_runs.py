@@ -12,11 +12,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import small
 import torch
 from lavcap import checkpoint
+from lavcap.config import DataConfig
 from lavcap.train import run
 from transformers import TrainerCallback
 
@@ -36,6 +38,7 @@ def attempt(output: Path, prepare: Callable[[small.Captioning], None] = lambda t
     if child == 0:
         try:
             config = small.small_config(output, accumulation=2, checkpoint_steps=2, keep_checkpoints=1)
+            config = replace(config, data=DataConfig(workers=1))
             trainer = small.small_trainer(config, clips=10)
             checkpoint.remove_unfinished(output)
             prepare(trainer)

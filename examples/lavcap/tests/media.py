@@ -43,10 +43,12 @@ def write_clip(
     picture_start: float = 0.0,
     sound_holes: tuple[tuple[float, float], ...] = (),
     rate: int = RATE,
+    title: str = "",
 ) -> Path:
     """A Matroska or MP4 file of float sound (nothing is lost) and MPEG-4 pictures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         packets: list[tuple[float, av.Packet]] = []
         if picture is not None:
             packets += _pictures(container, seconds, picture, picture_start)
@@ -72,7 +74,7 @@ def _pictures(container, seconds: float, picture: Picture, start: float) -> list
 def _sound(container, seconds: float, sound: Sound, holes, rate: int) -> list[tuple[float, av.Packet]]:
     lossless = container.format.name == "matroska"
     samples = np.atleast_2d(sound(np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-    layout = {1: "mono", 2: "stereo"}[len(samples)]
+    layout = {1: "mono", 2: "stereo", 16: "hexadecagonal"}[len(samples)]
     stream = container.add_stream("pcm_f32le" if lossless else "aac", rate=rate, layout=layout)
     block = rate // 50 if lossless else 1024
     packets = []

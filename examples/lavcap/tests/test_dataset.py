@@ -7,6 +7,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from lavcap.data.dataset import PreparedDataset
@@ -76,19 +77,23 @@ def test_features_of_another_encoder_are_refused(tmp_path: Path) -> None:
         clips.check_visual("CLIP")
 
 
-def test_training_refuses_splits_that_share_a_video(tmp_path: Path) -> None:
+def test_training_opens_sets_in_object_storage_and_refuses_shared_videos(tmp_path: Path) -> None:
     from lavcap.config import DataConfig
     from lavcap.train import open_sets
     from lavcap.visual import visual_fingerprint
     from small import small_config
 
-    config = replace(small_config(tmp_path), data=DataConfig(folder=str(tmp_path)))
+    config = replace(small_config(tmp_path), data=DataConfig(folder="memory://bucket/clips"))
     same = settings(1, 1) | {"visual": visual_fingerprint(config.visual)}
-    for split, clip_id in (("train", "video_0"), ("val", "video_30")):
+    for split, clip_id in (("train", "video_0"), ("val", "other_0"), ("shared", "video_30")):
         with open_split(tmp_path / split, same) as writer:
             writer.keep(clip_id, ("a dog",), torch.zeros(8000), torch.zeros(2, 8))
-    with pytest.raises(ValueError, match=r"1 videos of split 'val' are in another split too: video_30 \(in train\)"):
-        open_sets(config)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/bucket/clips", recursive=True)
+    clips, validation = open_sets(config)
+    assert clips[0].clip_id == "video_0" and validation[0].clip_id == "other_0"
+    shared = replace(config, data=replace(config.data, validation_split="shared"))
+    with pytest.raises(ValueError, match=r"1 videos of split 'shared' are in another split too: video_30 \(in train\)"):
+        open_sets(shared)
 
 
 def test_the_loader_benchmark_runs(tmp_path: Path) -> None:

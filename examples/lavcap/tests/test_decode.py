@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import random
 import struct
 from pathlib import Path
 
@@ -29,9 +32,12 @@ def test_ten_seconds_of_a_longer_clip_are_kept(tmp_path: Path) -> None:
     assert np.abs(levels(clip) - (10 + 10 * np.arange(20))).max() < 2  # two pictures a second, each in its place
 
 
-def test_sound_is_resampled_and_averaged_over_channels(tmp_path: Path) -> None:
-    stereo = write_clip(tmp_path / "a.mkv", sound=lambda t: np.stack([tone(t) * 2, np.zeros_like(t)]))
-    clip = decode(stereo)
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_sound_is_resampled_and_averaged_over_channels(tmp_path: Path, channels: int) -> None:
+    def first_of_many(times: np.ndarray) -> np.ndarray:
+        return np.stack([tone(times) * channels] + [np.zeros_like(times)] * (channels - 1))
+
+    clip = decode(write_clip(tmp_path / "a.mkv", sound=first_of_many))
     expected = tone(np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE)
     inner = slice(400, -400)  # a filter has no sound to look at beyond the ends
     assert len(clip.waveform) == 2 * SAMPLE_RATE
@@ -126,6 +132,44 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, make, reason: Reason, deta
     found = decode_clip(make(tmp_path / "a.mp4"), 32)
     assert isinstance(found, Dropped) and found.reason is reason
     assert detail in found.detail
+
+
+def test_titles_in_another_code_do_not_lose_the_clip(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mkv", title="titleXX")
+    path.write_bytes(path.read_bytes().replace(b"titleXX", b"titl\xe9 \xfc"))  # Latin-1
+    assert len(decode(path).pictures) == 4
+
+
+def test_a_disk_that_fails_is_not_the_clips_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped, a clip would be gone for good; so this ends the run, which goes on when the disk does."""
+    path = write_clip(tmp_path / "a.mkv")
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Failing(self, mode))
+    with pytest.raises(OSError, match="Input/output error"):
+        decode_clip(path, 32)
+
+
+def test_no_damage_ends_the_run(tmp_path: Path) -> None:
+    """Bytes at random places, at the head above all: every file is decoded or dropped."""
+    files = [write_clip(tmp_path / name).read_bytes() for name in ("a.mkv", "a.mp4")]
+    generator = random.Random(7)
+    found = []
+    for number in range(60):
+        content = bytearray(files[number % 2])
+        region = 4000 if number % 4 < 2 else len(content)
+        for _ in range(generator.choice((1, 20, 500))):
+            content[generator.randrange(region)] = generator.randrange(256)
+        path = tmp_path / "damaged"
+        path.write_bytes(content)
+        found.append(decode_clip(path, 32))
+    kept = [clip for clip in found if isinstance(clip, DecodedClip)]
+    reasons = {clip.reason for clip in found if isinstance(clip, Dropped)}
+    assert 10 < len(kept) < 60 and Reason.UNREADABLE in reasons
+    assert all(np.isfinite(clip.waveform).all() and len(clip.pictures) >= 2 for clip in kept)
 
 
 def test_damaged_pictures_do_not_lose_the_clip(tmp_path: Path) -> None:

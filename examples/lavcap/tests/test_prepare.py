@@ -215,3 +215,6 @@ def test_the_command_on_real_clips(command, tmp_path: Path, capsys: pytest.Captu
 def test_the_command_says_what_is_wrong_in_a_line(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--media", tmp_path, "--captions", tmp_path / "no.csv", "--split", "test") == 2
     assert "lavcap prepare: no caption file" in capsys.readouterr().err
+    bucket = ("--set", "data.folder=s3://bucket/prepared")
+    assert command("--media", tmp_path, "--captions", tmp_path / "no.csv", "--split", "test", *bucket) == 2
+    assert "data.folder is s3://bucket/prepared: prepare on a disk" in capsys.readouterr().err

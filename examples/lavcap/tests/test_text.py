@@ -69,3 +69,19 @@ def test_a_trained_tokenizer_is_found_again(tmp_path) -> None:
     from_hub_or_folder = build_tokenizer(PretrainedLanguage(name=str(tmp_path)))
     assert from_hub_or_folder.get_vocab() == first.get_vocab()
     assert again.eos_token_id is not None and again.pad_token_id is not None
+
+
+def test_a_tokenizer_of_llama_2s_kind() -> None:
+    """Words begin with a mark there, which a caption's first word must get once, whatever stands before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator([*CAPTIONS, *PROMPT_I.text], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    labels = encode_text(tokenizer, [PROMPT_I], ["A dog barks"])["labels"][0].tolist()
+    assert "".join(tokenizer.convert_ids_to_tokens(labels[:-1])) == "▁A▁dog▁barks"
+    assert labels[-1] == tokenizer.eos_token_id and tokenizer.decode(labels, skip_special_tokens=True) == "A dog barks"

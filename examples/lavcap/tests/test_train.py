@@ -13,6 +13,7 @@ import pytest
 import torch
 from lavcap import checkpoint, train
 from lavcap.captioner import load_captioner
+from lavcap.cli import main
 from lavcap.config import (
     AudioOnly,
     Concatenation,
@@ -31,7 +32,7 @@ from lavcap.data.sample import collate
 from lavcap.draws import draw
 from lavcap.language import build_tokenizer
 from lavcap.prompts import test_prompt
-from lavcap.trainer import as_model_batch
+from lavcap.trainer import Counts, as_model_batch, refuse_sharding
 from small import WORDS, Clips, losses, small_config, small_trainer
 from transformers import Trainer, TrainingArguments
 
@@ -218,6 +219,13 @@ def test_a_nan_is_shown_and_not_averaged_away(tmp_path: Path, monkeypatch: pytes
     assert math.isnan(losses(trainer)[0][0])
 
 
+def test_the_command_says_what_to_do_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+    assert main(["train", str(config), "--data", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
+    assert "make it with 'lavcap prepare'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def other(config: Config, section: str, **values: object) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **values)})
 
@@ -255,6 +263,30 @@ def test_a_run_is_not_continued_with_another_config(tmp_path: Path) -> None:
     train.claim(tmp_path, other(other(config, "train", log_steps=7), "data", folder="moved"))
     with pytest.raises(ValueError, match=r"another config, which differs in audio.size, train.learning_rate: name"):
         train.claim(tmp_path, other(other(config, "train", learning_rate=1.0), "audio", size=train.Config().audio.size))
+
+
+def test_ways_of_sharing_that_are_refused() -> None:
+    refuse_sharding(types.SimpleNamespace(fsdp_plugin=None))
+    refuse_sharding(types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(fsdp_version=2)))
+    refuse_sharding(types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=2)))
+    with pytest.raises(ValueError, match="set fsdp_version: 2"):
+        refuse_sharding(types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match="ZeRO-3 is not supported"):
+        refuse_sharding(types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=3)))
+
+
+def test_counts_stay_on_the_device_of_the_batch() -> None:
+    lengths = torch.empty(2, dtype=torch.long, device="meta")
+    batch = {"labels": torch.empty(2, 5, device="meta"), "num_samples": lengths, "num_frames": lengths}
+    assert torch.stack(Counts.of(batch)).device.type == "meta"  # stands for a GPU: nothing comes from elsewhere
+
+
+def test_a_run_goes_on_with_as_many_processes(tmp_path: Path) -> None:
+    config = small_config(tmp_path, epochs=2.0)
+    finished(config)
+    (tmp_path / "checkpoint-8" / "rng_state_1.pth").touch()
+    with pytest.raises(ValueError, match="was written by 2 processes and now there are 1"):
+        finished(config)
 
 
 def test_sharded_optimisers_are_written_without_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

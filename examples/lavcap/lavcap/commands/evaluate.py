@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: the config's data.test_split")
     parser.add_argument("--ids", type=Path, help="these clips only: a file of clip ids or YouTube ids")
     parser.add_argument("--out", type=Path, help="folder of the results; default: <checkpoint>/<split>")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", help="default: this machine's accelerator, else cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="generation.* or data.*")
     add_bootstrap_arguments(parser)
 
@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from lavcap.config_file import load_config
     from lavcap.data.captions import read_ids
     from lavcap.data.dataset import PreparedDataset
-    from lavcap.evaluate import caption_clips, default_device
+    from lavcap.device import default_device
+    from lavcap.evaluate import caption_clips
     from lavcap.scoring.files import write_captions
     from lavcap.scoring.report import markdown, score_report, write_report
     from lavcap.scoring.tokens import find_java

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", required=True, help="name of the split: train, val, test")
     parser.add_argument("--ids", type=Path, help="only these clips: a file of clip ids or YouTube ids")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode (%(default)s)")
-    parser.add_argument("--device", help="where pictures are encoded; default: cuda where there is one, else cpu")
+    parser.add_argument("--device", help="where pictures are encoded; default: this machine's accelerator, else cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the config")
 
 
@@ -23,10 +23,13 @@ def run(args: argparse.Namespace) -> int:
 
     from lavcap.config_file import load_config
     from lavcap.data.prepare import Job, PictureFeatures, prepare, summarise
+    from lavcap.device import default_device
     from lavcap.visual import build_visual_encoder, preprocess, visual_fingerprint
 
     config = load_config(args.config, args.set)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "://" in config.data.folder:
+        raise ValueError(f"data.folder is {config.data.folder}: prepare on a disk, then copy the folder there as it is")
+    device = args.device or default_device()
     encoder = build_visual_encoder(config.visual).to(device)
     stored = getattr(torch, config.visual.precision.value)
 

@@ -24,6 +24,7 @@ SECONDS = 10  # of a clip that are used
 FRAMES_PER_SECOND = 2
 NUM_FRAMES = SECONDS * FRAMES_PER_SECOND
 SHORTEST = 1.0  # seconds of sound, and of picture, below which a clip is dropped
+READ_THROUGH = 64 << 20  # bytes of a file, more than ten seconds have
 HOLE = 0.05  # seconds between two pieces of sound that count as a hole
 
 
@@ -47,20 +48,29 @@ class Dropped(NamedTuple):
 
 
 class DecodedClip(NamedTuple):
-    waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second; peaks of lossy codecs exceed 1 and are kept
-    pictures: (
-        np.ndarray
-    )  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES: on the screen k / FRAMES_PER_SECOND s after the start
+    """Sound, of which peaks above 1 are kept, and what is on the screen every 1 / FRAMES_PER_SECOND seconds."""
+
+    waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second
+    pictures: np.ndarray  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES
 
 
 def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
-    """The first SECONDS of a clip from the moment at which both sound and picture have begun, or why there is none."""
+    """The first SECONDS of a clip from the moment at which both sound and picture have begun, or why there is none.
+
+    Raises:
+        OSError: the file could not be read, which is not the clip's fault.
+    """
+    _read_through(path)
     try:
-        with av.open(str(path)) as container:
-            sound_streams, picture_streams = (_usable(container, kind) for kind in ("audio", "video"))
-            described = ", ".join(_describe(stream) for stream in container.streams) or "none"
-    except (av.error.FFmpegError, OSError) as error:
-        return Dropped(Reason.UNREADABLE, getattr(error, "strerror", None) or type(error).__name__)
+        return _decode(path, picture_size)
+    except av.error.FFmpegError as error:
+        return Dropped(Reason.UNREADABLE, error.strerror or type(error).__name__)
+
+
+def _decode(path: Path, picture_size: int) -> DecodedClip | Dropped:
+    with _open(path) as container:
+        sound_streams, picture_streams = (_usable(container, kind) for kind in ("audio", "video"))
+        described = ", ".join(_describe(stream) for stream in container.streams) or "none"
     if not sound_streams:
         return Dropped(Reason.NO_SOUND, f"its streams: {described}")
     if not picture_streams:
@@ -79,6 +89,17 @@ def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
     if min(heard, seen) < SHORTEST:
         return Dropped(Reason.TOO_SHORT, f"{heard:.2f} s of sound and {seen:.1f} s of picture together")
     return DecodedClip(waveform, np.stack(pictures))
+
+
+def _read_through(path: Path) -> None:
+    """Have a disk that fails say so itself: FFmpeg does not tell that from a file that is broken."""
+    with path.open("rb") as file:
+        while file.read(1 << 20) and file.tell() < READ_THROUGH:
+            pass
+
+
+def _open(path: Path) -> Any:
+    return av.open(str(path), metadata_errors="replace")  # titles are in whatever code their author had
 
 
 class _Stream(NamedTuple):
@@ -110,7 +131,7 @@ def _first_decodable(path: Path, indices: list[int]) -> _Stream | None:
 
 def _frames(path: Path, index: int) -> Iterator[Any]:
     """The frames of one stream; packets that do not decode are skipped, a broken end is the end."""
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = container.streams[index]
         stream.thread_count = 1
         packets = container.demux(stream)
@@ -154,14 +175,19 @@ def _runs_of_sound(path: Path, index: int, stop: float) -> Iterator[tuple[float,
             break
         frame_shape = (frame.format.name, frame.layout.name, frame.sample_rate)
         if shape is None or shape != frame_shape or abs(time - expected) > HOLE:
-            if shape is not None:
+            if shape is not None and pieces:
                 yield begin, shape[2], np.concatenate(pieces)
-            to_float = av.AudioResampler(format="fltp")
+            to_float = av.AudioResampler(format="flt")  # channels in turn: PyAV dies of more than eight planes
             pieces, begin, shape = [], time, frame_shape
-        pieces.extend(part.to_ndarray().mean(0) for part in to_float.resample(frame))
+        with np.errstate(invalid="ignore"):  # of NaN and infinity, which are looked for later
+            pieces.extend(_mono(part) for part in to_float.resample(frame))
         expected = time + frame.samples / frame.sample_rate
     if shape is not None and pieces:
         yield begin, shape[2], np.concatenate(pieces)
+
+
+def _mono(frame: Any) -> np.ndarray:
+    return np.asarray(frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(1))
 
 
 def _read_pictures(path: Path, index: int, start: float, size: int) -> list[np.ndarray]:
