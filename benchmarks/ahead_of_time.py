@@ -130,7 +130,7 @@ VARIANTS = {
 
 # A tile of every class, and thin ones, whose blocks of tokens are the largest that are launched.
 TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-THIN = {"float64": [(256, 32)], "float32": [(512, 32)], "bfloat16": [(512, 32)], "float16": [(512, 32)]}
+THIN = {"float64": [(128, 32)], "float32": [(256, 64)], "bfloat16": [(256, 64)], "float16": [(256, 64)]}
 SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
 
 # The other variants: in two dtypes and two classes.
@@ -166,14 +166,19 @@ def must_not_spill(row: Row) -> bool:
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
     """Of this row, as the committed table configures it or otherwise."""
     variant = VARIANTS[row.variant]
-    # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
-    dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
-    blocks = dict(configuration or block_sizes(variant.configured, dtype, *row.tile, row.target))
+    blocks = dict(configuration or configured(row))
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     source = _source(variant, row.dtype, variant.constants | blocks)
     compiled = triton.compile(source, target=TARGETS[row.target], options=options | {"enable_fp_fusion": True})
     read: Callable[..., tuple[int, int]] = _of_cubin if "cubin" in compiled.asm else _of_amdgcn
     return Resources(*read(compiled.asm), compiled.metadata.shared)
+
+
+def configured(row: Row) -> dict[str, int]:
+    """What the committed table launches it with."""
+    # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
+    dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
+    return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
 
 
 def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -268,18 +273,26 @@ def differences(row: Row, found: Resources | str, table: dict[str, Any]) -> list
 def committed(row: Row, table: dict[str, Any]) -> Resources | None:
     tile = f"{row.tile[0]}x{row.tile[1]}"
     found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target)
-    return None if found is None else Resources(*found)
+    return None if found is None else Resources(*found[:3])
+
+
+def is_current(row: Row, table: dict[str, Any]) -> bool:
+    """Whether the table has the row, of these sources and as it is configured now."""
+    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", VARIANTS[row.variant].configured
+    found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
+    return table["sources"].get(kernel) == sources_hash(kernel) and found[3:] == _steps(row)
+
+
+def _steps(row: Row) -> list[int]:
+    return [configured(row).get(name, 0) for name in ("BLOCK_D", "num_warps", "num_stages")]
 
 
 def sources_hash(kernel: str) -> str:
-    """Of everything that a kernel's rows are made of: its sources and its configurations."""
+    """Of the sources that a kernel's rows are made of."""
     modules = ("rounds", "loss") if kernel.startswith("loss") else ("rounds", "attend", "attend_backward")
     if kernel in ("forward", "similarity"):
         modules = modules[:2]
-    configured = json.loads((KERNELS / "configurations.json").read_text())
-    parts = [configured["configurations"][kernel]]
-    parts += [{target: kernels.get(kernel)} for target, kernels in sorted(configured["overrides"].items())]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest = hashlib.sha256()
     for module in modules:
         digest.update((KERNELS / f"{module}.py").read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:16]
@@ -298,7 +311,7 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     table: dict[str, Any] = {}
     for row, resources in found.items():
         tile = f"{row.tile[0]}x{row.tile[1]}"
-        table.setdefault(row.variant, {}).setdefault(row.dtype, {}).setdefault(tile, {})[row.target] = resources
+        table.setdefault(row.variant, {}).setdefault(row.dtype, {}).setdefault(tile, {})[row.target] = [*resources, *_steps(row)]
     variants = []
     for variant, dtypes in table.items():
         blocks = []
@@ -307,7 +320,8 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
             blocks.append(f"      {json.dumps(dtype)}: {{\n" + ",\n".join(lines) + "\n      }")
         variants.append(f"    {json.dumps(variant)}: {{\n" + ",\n".join(blocks) + "\n    }")
     head = {
-        "note": "By benchmarks/ahead_of_time.py: registers and bytes of stack a thread, bytes of shared memory.",
+        "note": "By benchmarks/ahead_of_time.py: registers and bytes of stack a thread, bytes of shared memory; and what "
+        "it was compiled with, BLOCK_D, warps, stages.",
         "triton": triton.__version__,
         "sources": sources,
     }
@@ -318,10 +332,11 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
 def make_table(processes: int) -> list[str]:
     """Writes the table as it grows, keeping the rows whose sources have not changed. What is wrong with it."""
     sources = sources_hashes()
-    old = load_table() if RESOURCES.exists() else {"triton": None}
-    kept = {row: committed(row, old) if _is_current(row, old) else None for row in rows()}
+    old = load_table()
+    current = old["triton"] == triton.__version__
+    kept = {row: committed(row, old) if current and is_current(row, old) else None for row in rows()}
     found = {row: resources for row, resources in kept.items() if resources}
-    missing = [row for row in kept if row not in found]
+    missing = sorted((row for row in kept if row not in found), key=lambda row: not must_not_spill(row))
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
         wrong += problems(row, resources)
@@ -331,18 +346,12 @@ def make_table(processes: int) -> list[str]:
     return wrong
 
 
-def _is_current(row: Row, table: dict[str, Any]) -> bool:
-    kernel = VARIANTS[row.variant].configured
-    return table["triton"] == triton.__version__ and table["sources"].get(kernel) == sources_hash(kernel)
-
-
 def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
     """What is wrong with these rows, compiled anew, or not as in the table."""
     wrong = []
     for row, resources in zip(wanted, compile_rows(wanted)):
         wrong += problems(row, resources) + differences(row, resources, table)
-    if table["sources"] != sources_hashes():
-        wrong.append("the kernels or their configurations have changed since the table was made")
+    wrong += [f"{row}: changed since the table was made" for row in wanted if not is_current(row, table)]
     return wrong
 
 

@@ -121,7 +121,8 @@ def test_metadata(wheel):
     facts = message_from_string(text)
     assert (facts["Name"], facts["Version"], facts["Requires-Python"]) == ("otfuse", VERSION, ">=3.10")
     assert facts["License-Expression"] == "Apache-2.0"
-    assert set(facts.get_all("Provides-Extra")) == {"cpu", "cuda", "demo", "bench", "bench-peers", "test", "docs", "dev"}
+    extras = {"cpu", "cuda", "demo", "bench", "bench-peers", "test", "docs", "dev"}
+    assert set(facts.get_all("Provides-Extra")) == extras
     required = facts.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.6"]  # a range, and nothing else
     by_extra = {extra: [r for r in required if f'extra == "{extra}"' in r] for extra in ("cpu", "cuda")}

@@ -25,11 +25,11 @@ from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
 # Entries of the largest tile that stays on chip, both sides rounded up to a power of two of at least 16.
-LARGEST_TILE = {8: 8192, 4: 16384}  # by bytes of an entry of the solve
+LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
 
-# What keeps the blocks of tokens, beside the tile, within the shared memory of every GPU: the longest side, by bytes of
-# an entry. (The worst cases are the thin tiles in kernels/triton/resources.json.)
-LONGEST_SIDE = {8: 256, 4: 512}
+# Longer blocks of tokens than these would not leave a tile its registers or, on some GPU, its shared memory (the worst
+# cases are the thin tiles in kernels/triton/resources.json). By bytes of an entry.
+LONGEST_SIDE = {8: 128, 4: 256}
 
 _NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
