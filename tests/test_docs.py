@@ -19,6 +19,7 @@ PAGES = sorted(
             "CONTRIBUTING.md",
             "kernels/README.md",
             "kernels/tpc/README.md",
+            "kernels/tpc/model/README.md",
             "benchmarks/README.md",
         )
     ]

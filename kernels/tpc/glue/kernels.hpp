@@ -53,7 +53,7 @@ struct Kernel {
 };
 
 template <class Int>
-Int rounded_up(Int size, int64_t unit) {
+Int ceil_div(Int size, int64_t unit) {
     return (size + (unit - 1)) / unit;
 }
 
@@ -61,7 +61,7 @@ Int rounded_up(Int size, int64_t unit) {
 template <class Int>
 Int expected(char size, Sizes<Int>& known, Int given) {
     if (size >= '0' && size <= '9') return Int(size - '0');
-    if (size == 'H') return (rounded_up(known.at('N'), 64) + rounded_up(known.at('M'), 64)) * 128;
+    if (size == 'H') return (ceil_div(known.at('N'), 64) + ceil_div(known.at('M'), 64)) * 128;
     return known.emplace(size, given).first->second;
 }
 
@@ -75,11 +75,11 @@ Int size_of(char size, Sizes<Int> known) {
 constexpr uint64_t MOST_VECTORS = 300;
 
 inline uint64_t matrix_vectors(const Sizes<uint64_t>& of) {
-    return rounded_up(of.at('N'), 16) * rounded_up(of.at('M'), 4);
+    return ceil_div(of.at('N'), 16) * ceil_div(of.at('M'), 4);
 }
 
 inline uint64_t side_vectors(const Sizes<uint64_t>& of) {
-    return rounded_up(of.at('N'), 64) + rounded_up(of.at('M'), 64);
+    return ceil_div(of.at('N'), 64) + ceil_div(of.at('M'), 64);
 }
 
 inline bool any_size(Sizes<uint64_t>) { return true; }
@@ -87,7 +87,7 @@ inline bool any_size(Sizes<uint64_t>) { return true; }
 inline bool solver_fits(Sizes<uint64_t> of) { return matrix_vectors(of) + 4 * side_vectors(of) <= MOST_VECTORS; }
 
 inline bool unroll_fits(Sizes<uint64_t> of) {
-    const uint64_t slice = rounded_up(of.at('N'), 16) * of.at('S');
+    const uint64_t slice = ceil_div(of.at('N'), 16) * of.at('S');
     return of.at('S') > 0 && matrix_vectors(of) + 8 * side_vectors(of) + slice <= MOST_VECTORS;
 }
 
