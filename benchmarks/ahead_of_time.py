@@ -130,7 +130,7 @@ VARIANTS = {
 
 # A tile of every class, and thin ones, whose blocks of tokens are the largest that are launched.
 TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-THIN = {"float64": [(128, 32)], "float32": [(256, 64)], "bfloat16": [(256, 64)], "float16": [(256, 64)]}
+THIN = {"float64": [(128, 32)], "float32": [(256, 32)], "bfloat16": [(256, 32)], "float16": [(256, 32)]}
 SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
 
 # The other variants: in two dtypes and two classes.
@@ -311,17 +311,17 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     table: dict[str, Any] = {}
     for row, resources in found.items():
         tile = f"{row.tile[0]}x{row.tile[1]}"
-        table.setdefault(row.variant, {}).setdefault(row.dtype, {}).setdefault(tile, {})[row.target] = [*resources, *_steps(row)]
+        sides = table.setdefault(row.variant, {}).setdefault(row.dtype, {})
+        sides.setdefault(tile, {})[row.target] = [*resources, *_steps(row)]
     variants = []
     for variant, dtypes in table.items():
         blocks = []
-        for dtype, tiles in dtypes.items():
-            lines = [f"        {json.dumps(tile)}: {json.dumps(targets)}" for tile, targets in tiles.items()]
+        for dtype, sides in dtypes.items():
+            lines = [f"        {json.dumps(tile)}: {json.dumps(targets)}" for tile, targets in sides.items()]
             blocks.append(f"      {json.dumps(dtype)}: {{\n" + ",\n".join(lines) + "\n      }")
         variants.append(f"    {json.dumps(variant)}: {{\n" + ",\n".join(blocks) + "\n    }")
     head = {
-        "note": "By benchmarks/ahead_of_time.py: registers and bytes of stack a thread, bytes of shared memory; and what "
-        "it was compiled with, BLOCK_D, warps, stages.",
+        "note": "Registers and bytes of stack a thread, bytes of shared memory; and with what: BLOCK_D, warps, stages.",
         "triton": triton.__version__,
         "sources": sources,
     }

@@ -2,8 +2,9 @@
 
 ``python benchmarks/tune_triton.py [--only forward bfloat16 …]`` on a GPU: times the candidates of every kernel, dtype
 and size class, and writes the fastest, after its result has been held against the specification. With ``--ahead`` no
-GPU is needed: the first candidate is taken, for every target, of which no tile of the class has a stack, or else the
-one with the least. Run benchmarks/ahead_of_time.py afterwards, and review what changed.
+GPU is needed: the first candidate is taken, for every target, of which nothing in the class has a stack, or else the
+one with the least; a class takes some minutes of a core. Run benchmarks/ahead_of_time.py afterwards, and review what
+changed.
 """
 
 from __future__ import annotations
@@ -47,17 +48,19 @@ def candidates(dtype: str, size: int) -> list[Configuration]:
 
 def choose_ahead(kernel: str, dtype: str, size: int, target: str) -> tuple[Configuration, int]:
     """The first candidate without a stack whose tiles fit, or the one with the least stack; and how much it is."""
-    tiles = [
-        tile
-        for tile in ahead_of_time.tiles(ahead_of_time.VARIANTS[kernel], dtype)
-        if configurations.size_class(kernel, dtype, *tile) == size
+    tiles = ahead_of_time.tiles(ahead_of_time.VARIANTS[kernel], dtype)
+    rows = [
+        Row(name, dtype, tile, target)
+        for name, variant in ahead_of_time.VARIANTS.items()
+        for tile in tiles
+        if variant.configured == kernel and configurations.size_class(kernel, dtype, *tile) == size
     ]
     best, least = candidates(dtype, size)[-1], sys.maxsize
     for candidate in candidates(dtype, size):
         most = 0
-        for tile in tiles:
+        for row in rows:
             if most < least:
-                most = max(most, _stack(Row(kernel, dtype, tile, target), candidate))
+                most = max(most, _stack(row, candidate))
         if most < least:
             best, least = candidate, most
         if least == 0:

@@ -27,9 +27,10 @@ from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 # Entries of the largest tile that stays on chip, both sides rounded up to a power of two of at least 16.
 LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
 
-# Longer blocks of tokens than these would not leave a tile its registers or, on some GPU, its shared memory (the worst
-# cases are the thin tiles in kernels/triton/resources.json). By bytes of an entry.
+# Longer ones would not leave a thread its registers: the longest side, by bytes of an entry, and the largest tile of
+# tokens with a side of more than 128 (kernels/triton/resources.json has the worst cases).
 LONGEST_SIDE = {8: 128, 4: 256}
+LARGEST_LONG_TILE = 8192
 
 _NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
@@ -68,9 +69,14 @@ class TritonBackend(Backend):
                 f"a kernel matrix of {N} x {M} does not fit on chip (at most {largest} entries in {dtype}, "
                 "N and M each rounded up to a power of two, at least 16)"
             )
-        elif tokens and max(sides) > LONGEST_SIDE[size]:
+        elif max(sides) > LONGEST_SIDE[size]:
             reasons.append(
-                f"tokens of {N} x {M} do not fit on chip (at most {LONGEST_SIDE[size]} on either side in {dtype})"
+                f"a side of {max(N, M)} does not fit on chip (at most {LONGEST_SIDE[size]} on either side in {dtype})"
+            )
+        elif tokens and max(sides) > 128 and sides[0] * sides[1] > LARGEST_LONG_TILE:
+            reasons.append(
+                f"tokens of {N} x {M} do not fit on chip (with more than 128 on a side, at most {LARGEST_LONG_TILE} "
+                "entries, N and M each rounded up to a power of two)"
             )
         return reasons
 
