@@ -166,7 +166,7 @@ class _Attend:
         cotangents = tuple(torch.zeros_like(i) if g is None else g for g, i in zip(outer, leaves))
         second = iter(torch.func.vjp(gradient, *leaves, *sent)[1](cotangents))
         first = [next(second) if _has_gradient(i) else None for i in inputs]
-        nothing = [None] * (self.options + 3)
+        nothing = [None] * (self.options + 2)  # KEPT
         return (*first, *nothing, *(None if i is None else next(second) for i in incoming))
 
     def plainly(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
