@@ -54,12 +54,12 @@ wheel: .venv/dev
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-.venv/demo .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py
-	$(BIN)/pip install --quiet --editable ".[$*]"
+.venv/demo: .venv/torch pyproject.toml setup.py
+	$(BIN)/pip install --quiet --editable ".[demo]"
 	touch $@
 
-.venv/dev: .venv/torch pyproject.toml setup.py examples/lavcap/pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[dev]" --editable "examples/lavcap[test]"
+.venv/dev .venv/bench: .venv/%: .venv/torch pyproject.toml setup.py examples/lavcap/pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[$*]" --editable "examples/lavcap[test]"
 	touch $@
 
 clean:

@@ -128,12 +128,15 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-# A tile of every class, and thin ones, whose blocks of tokens are the largest that are launched.
+# A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
+# largest that are launched.
 TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-THIN = {"float64": [(128, 32)], "float32": [(256, 32)], "bfloat16": [(256, 32)], "float16": [(256, 32)]}
+_OTHERS = [(256, 32), (32, 256), (64, 128)]
+OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
+OF_A_COST = [(256, 64), (64, 256)]  # as tokens these do not fit
 SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
 
-# The other variants: in two dtypes and two classes.
+# The other variants: in two dtypes and two classes, but for the forward with a cost, which is in all that it solves in.
 SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
 
 
@@ -150,11 +153,13 @@ def rows() -> list[Row]:
 
 
 def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
+    sizes = CLASSES[variant.configured][dtype]
+    if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
+        return [TILES[size] for size in sizes] + OTHERS[dtype] + (OF_A_COST if dtype == "float32" else [])
     if not variant.everywhere:
         return SAMPLED.get(dtype, [])
-    sizes = CLASSES[variant.configured][dtype]
     if variant.configured in ("forward", "backward"):
-        return [TILES[size] for size in sizes] + THIN[dtype]
+        return [TILES[size] for size in sizes] + OTHERS[dtype]
     return [SQUARES[size] for size in sizes]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import FunctionType
 from typing import Any
 
@@ -25,7 +26,8 @@ interpreter._patch_lang = _patch_once
 
 def _launch(self: Any, *args: Any, _call: Any = interpreter.GridExecutor.__call__, **options: Any) -> None:
     """No GPU warns of a NaN, and nothing in a batch but its item is spoilt by one."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
         _call(self, *args, **options)
 
 

@@ -8,8 +8,12 @@ import triton.language as tl
 
 from .rounds import (
     LN2,
+    SMALLEST32,
+    SMALLEST64,
+    divide,
     fits_one_piece,
     flat,
+    folded,
     load_live,
     load_marginals,
     log_kernel,
@@ -112,7 +116,8 @@ def _attend_fwd_kernel(
     # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
     # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.
     K, poison, one_piece = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((), DTYPE), True
-    u, row_sums, log_u = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
+    smallest: tl.constexpr = SMALLEST64 if DTYPE == tl.float64 else SMALLEST32
+    u, row_sums, log_u = tl.full((BLOCK_N,), 1.0, DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     v, log_v = tl.zeros((BLOCK_M,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
     t, more = 0, True
     while more:
@@ -147,13 +152,18 @@ def _attend_fwd_kernel(
                 if HISTORY == HISTORY_ALL:
                     store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
                 t += 1
-        K = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+        K = folded(L, log_u, log_v)
+        v = tl.where(b == 0, 0.0, 1.0).to(DTYPE)
+        if not one_piece:  # what rounding took from both logarithms: it would add up from fold to fold
+            v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), smallest))
         u, v, row_sums, t, more = rounds_while(
-            K, a, b, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
+            K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
             STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M,
         )  # fmt: skip
         if more:
-            log_u += log_weights(u)
+            grown = log_u + log_weights(u)
+            u = tl.exp2(log_weights(u) - (grown - log_u))
+            log_u = grown
     plan = K * u[:, None] * v[None, :]
     # Loaded again: kept through the rounds, they would cost registers that a tile of 128 x 128 does not leave.
     a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE)

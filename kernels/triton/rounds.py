@@ -199,16 +199,16 @@ def divide(left, right):
 
 @triton.jit
 def rounds_while(
-    K, a, b, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
+    K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
     STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rounds in scalings of ``K = exp2(L + log_u + log_v)``, from round t on, until all are run, or an item is done, or
-    its scalings have grown and are to be folded into K: u, v, the row sums of the plan, t, whether more are to run.
+    """Rounds in scalings of ``K = exp2(L + log_u + log_v)``, from round t and v on, until all are run, or the item is
+    done, or its scalings have grown and are to be folded into K: u, v, the plan's row sums, t, whether more are to run.
 
     Keeps every round's u and v if ALL_ROUNDS; their logarithms, K's own included, unless the item is in one piece.
     """
     smallest: tl.constexpr = SMALLEST64 if K.dtype == tl.float64 else SMALLEST32
-    u, v = tl.where(a == 0, 0.0, 1.0).to(K.dtype), tl.where(b == 0, 0.0, 1.0).to(K.dtype)
+    u = tl.where(a == 0, 0.0, 1.0).to(K.dtype)
     rows = tl.sum(K * v[None, :], 1)
     more = t < num_iters
     if STOPS:  # the first round of the logarithmic form has been run
@@ -238,6 +238,16 @@ def rounds_while(
 def has_grown(scalings):
     """One where a scaling has left 1 / GROWN … GROWN, or else zero, as at padding."""
     return tl.where((scalings > GROWN) | ((scalings != 0) & (scalings < 1 / GROWN)), 1, 0)
+
+
+@triton.jit
+def folded(L, log_u, log_v):
+    """exp2(L + log_u + log_v), the first sum's rounding made up for: all rounds of this K would share it."""
+    added = log_u[:, None]
+    total = L + added
+    taken = total - L
+    lost = (L - (total - taken)) + (added - taken)  # Knuth's two-sum
+    return tl.exp2(tl.where(L == float("-inf"), L, (total + log_v[None, :]) + lost))
 
 
 @triton.jit
