@@ -9,11 +9,9 @@ import triton.language as tl
 from .rounds import (
     LN2,
     SMALLEST32,
-    SMALLEST64,
     divide,
     fits_one_piece,
     flat,
-    folded,
     load_live,
     load_marginals,
     log_kernel,
@@ -116,7 +114,6 @@ def _attend_fwd_kernel(
     # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
     # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.
     K, poison, one_piece = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((), DTYPE), True
-    smallest: tl.constexpr = SMALLEST64 if DTYPE == tl.float64 else SMALLEST32
     u, row_sums, log_u = tl.full((BLOCK_N,), 1.0, DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     v, log_v = tl.zeros((BLOCK_M,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
     t, more = 0, True
@@ -152,10 +149,11 @@ def _attend_fwd_kernel(
                 if HISTORY == HISTORY_ALL:
                     store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
                 t += 1
-        K = folded(L, log_u, log_v)
+        K = tl.exp2((L + log_u[:, None]) + log_v[None, :])
         v = tl.where(b == 0, 0.0, 1.0).to(DTYPE)
-        if not one_piece:  # what rounding took from both logarithms: it would add up from fold to fold
-            v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), smallest))
+        if DTYPE == tl.float32:  # float64 has digits to spare, and no registers
+            if not one_piece:  # what rounding took from both logarithms: it would add up from fold to fold
+                v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), SMALLEST32))
         u, v, row_sums, t, more = rounds_while(
             K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
             STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M,

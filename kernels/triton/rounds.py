@@ -241,16 +241,6 @@ def has_grown(scalings):
 
 
 @triton.jit
-def folded(L, log_u, log_v):
-    """exp2(L + log_u + log_v), the first sum's rounding made up for: all rounds of this K would share it."""
-    added = log_u[:, None]
-    total = L + added
-    taken = total - L
-    lost = (L - (total - taken)) + (added - taken)  # Knuth's two-sum
-    return tl.exp2(tl.where(L == float("-inf"), L, (total + log_v[None, :]) + lost))
-
-
-@triton.jit
 def log_sum(L, shift, AXIS: tl.constexpr):
     """log2 of the sum of exp2(L + shift) over AXIS, with shift along the other axis; where all of it is -inf, zero."""
     along = tl.expand_dims(shift, 1 - AXIS)
