@@ -155,7 +155,7 @@ def rows() -> list[Row]:
 def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
     sizes = CLASSES[variant.configured][dtype]
     if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
-        return [TILES[size] for size in sizes] + OTHERS[dtype] + (OF_A_COST if dtype == "float32" else [])
+        return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
     if not variant.everywhere:
         return SAMPLED.get(dtype, [])
     if variant.configured in ("forward", "backward"):
