@@ -23,6 +23,7 @@ from otfuse import viz
 from otfuse.backends.cpu import CpuBackend
 from otfuse.demo import check, features, main, recovery, shared_space, synthesize, timing
 from otfuse.demo.decode import SAMPLE_RATE, ClipError, read_clip
+from otfuse.demo.pipeline import choose_backend
 from otfuse.demo.synthesize import Event, write_media
 
 CLIPS = Path(__file__).parents[1].parent / "shared" / "data" / "clips"
@@ -472,6 +473,11 @@ def test_unknown_backend_is_refused_before_anything_is_written(tmp_path, capsys)
     message = capsys.readouterr().err
     assert "abacus" in message and "torch" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_is_what_the_functions_take():
+    """And no emulator or interpreter, which run on a CPU too, but only by name."""
+    assert choose_backend("auto", "cpu") == "cpu"
 
 
 def test_unusable_backend_says_why(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import otfuse
-from otfuse.backends import BackendError
+from otfuse.backends import BackendError, select
 from otfuse.demo import features, report
 from otfuse.demo.check import compare_with_pot
 from otfuse.demo.decode import Clip, read_clip
@@ -19,6 +19,7 @@ from otfuse.demo.recovery import NOTHING, recovery, token_labels
 from otfuse.demo.shared_space import SharedSpace, share
 from otfuse.demo.synthesize import KINDS, Event, write_synthetic_clip
 from otfuse.demo.timing import conditions, time_beside_loop
+from otfuse.problem import cost_problem
 from otfuse.viz import Span, alignment_figure
 
 EPSILON = 0.1
@@ -90,16 +91,8 @@ def choose_backend(name: str, device: str) -> str:
     names = list(otfuse.backends())
     if name != "auto" and name not in names:
         raise BackendError(f"backend must be auto or one of {', '.join(names)}; got '{name}'")
-    probe = torch.ones(1, 64, 12, device=device)
-    for candidate in names if name == "auto" else [name]:
-        try:
-            otfuse.sinkhorn_attend(probe, probe[:, :20], EPSILON, num_iters=NUM_ITERS, backend=candidate)
-        except BackendError:
-            if name != "auto":
-                raise
-        else:
-            return candidate
-    raise BackendError("no backend can run here")
+    probe = torch.ones(1, 64, 20, device=device)
+    return select(cost_problem(probe, EPSILON, None, None, NUM_ITERS, None, "detach"), name).name
 
 
 def solve(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, float]:
