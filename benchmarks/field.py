@@ -29,6 +29,7 @@ Field = tuple[list[Contender], dict[str, str]]
 SIMULATED = ("triton", "tpc")  # on a CPU they run in an interpreter or an emulator
 LARGEST_LOOP = 2**20  # entries of the largest batch for what is ten times slower than the rest, or compiled first
 LARGEST_EAGER = 3e8  # entry-rounds: a second or two
+LARGEST_SLOW = 1e9  # entry-rounds that any but the fastest take ten seconds for on a CPU
 EAGER, COMPILED, PER_ITEM = (
     "log domain, eager", "log domain, torch.compile", "per-item log-domain loop",
 )  # fmt: skip
@@ -50,7 +51,15 @@ def field(measured: Measured, inputs: Sequence[Tensor], compiler: Compiler, simu
         return present, absent
     for peers, reasons in (written_here(measured, inputs[0].device, compiler), packages(measured, inputs[0].device)):
         present, absent = present + peers, absent | reasons
+    if inputs[0].device.type == "cpu" and entry_rounds(measured) > LARGEST_SLOW:
+        absent |= {peer.name: "on a CPU it would take minutes at this size" for peer in present[1:]}
+        return present[:1], absent
     return present, absent
+
+
+def entry_rounds(measured: Measured) -> int:
+    case = measured.case
+    return case.B * case.N * case.M * case.T
 
 
 def own(measured: Measured, inputs: Sequence[Tensor], simulated: bool = False) -> Field:
@@ -79,7 +88,7 @@ def written_here(measured: Measured, device: torch.device, compiler: Compiler) -
 
     case, absent = measured.case, {}
     present = []
-    if device.type == "cpu" and case.B * case.N * case.M * case.T > LARGEST_EAGER:
+    if device.type == "cpu" and entry_rounds(measured) > LARGEST_EAGER:
         absent[EAGER] = "on a CPU it would take seconds at this size"
     else:
         present.append(contender(EAGER, batched_log_domain))

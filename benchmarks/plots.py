@@ -151,10 +151,20 @@ def growth(rows: Sequence[Row], axis: str) -> str:
     ticks = sorted({row["at"] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
     axes.minorticks_off()
+    _label_milliseconds(axes)
     axes.set_title(f"Time against {axis}: {_fixed(rows[0], axis)}", loc="left", fontsize=10)
     axes.grid(color="#e6e8eb")
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def _label_milliseconds(axes: Any) -> None:
+    """1, 2 and 5 of a decade where there are few decades, since one label says nothing of a scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
 
 
 def _fixed(row: Row, axis: str) -> str:
@@ -204,7 +214,8 @@ def step(rows: Sequence[Row]) -> str:
         transport = row["contender"].startswith("OT")
         axes.barh(at, whole, color="#9dbdff" if transport else "#d5d9e0", height=0.7)
         axes.barh(at, min(forward, whole), color="#0b5fff" if transport else "#7d8597", height=0.7)
-        axes.text(whole * 1.1, at, f"{whole:.3g} ms, {row['share']:.2%}", va="center", fontsize=8)
+        label = f"{_time(row['median_ms'])}, {_percent(row['share'])}" if row["median_ms"] > 0 else "within the noise"
+        axes.text(whole * 1.1, at, label, va="center", fontsize=8)
     names = [row["contender"] + (f" (one, × {row['times']})" if row["times"] > 1 else "") for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     times = [row["median_ms"] for row in rows]
@@ -214,3 +225,11 @@ def step(rows: Sequence[Row]) -> str:
     axes.set_title(f"A training step of LAVCap, batch {rows[0]['batch']}: blue is transport", loc="left", fontsize=10)
     axes.grid(axis="x", color="#e6e8eb")
     return _svg(figure)
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from limits import cache_bytes, memory_available
-from measured import Answers, Measured
+from measured import CHECK, Answers, Measured
 from timing import Contender, DeviceTurn, HostTurn, copies_beyond_cache, rates, row
 from torch import Tensor
 
 FAR_OFF = 10  # times what is allowed: a peer this wrong does something else, and is not timed
 FEWEST, MOST, SLOW = 5, 400, 0.5  # turns of each contender; two where one takes SLOW seconds or more
-CHECK, FULL_CHECK = 4e8, 2e10  # entry-rounds of the largest check of an item on a CPU: ten seconds, and some minutes
+FULL_CHECK = 2e10  # entry-rounds of the largest check of an item on a CPU with --full: some minutes
 CHECKED_A_SECOND = 3e7
 Extra = Callable[[Sequence[Tensor]], dict[str, Any]]  # what else there is to say of an answer, for its row
 
@@ -31,12 +31,14 @@ def why_not(measured: Measured, device: torch.device, full: bool, spent: bool) -
     """The reason to leave a measurement out; empty where there is none."""
     if spent:
         return "the time for all was spent (--minutes)"
-    needed = (
-        8 * measured.traffic + 48 * measured.case.N * measured.case.M
-    )  # copies, and the check of an item in float64
+    # Copies and outputs; and the check of an item in float64.
+    needed = 8 * measured.traffic + 48 * measured.case.N * measured.case.M
+    if measured.checked_by_rows:  # no copies: it is beyond the cache as it is
+        needed = 3 * measured.traffic + 16 * measured.case.N * measured.case.M
     if needed > memory_available(device):
         return f"it needs some {needed / 1e9:.1f} GB of memory, more than is free here"
-    if device.type == "cpu" and measured.check_entry_rounds > (FULL_CHECK if full else CHECK):
+    too_long = measured.check_entry_rounds > (FULL_CHECK if full else CHECK) and not measured.checked_by_rows
+    if device.type == "cpu" and too_long:
         more = "" if full else " (--full allows more)"
         return (
             f"the check in float64 alone would take {measured.check_entry_rounds / CHECKED_A_SECOND:.0f} s or so{more}"

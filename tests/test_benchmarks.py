@@ -99,6 +99,21 @@ def test_items_that_are_not_looked_at_do_not_matter(suite, monkeypatch):
     assert not answer.error((plan,)) <= answer.allowed
 
 
+@pytest.mark.parametrize("follows", ["rows first", "columns first"])
+def test_rows_of_a_large_plan_are_the_specifications(suite, monkeypatch, follows):
+    measured = suite["measured"].Measured(suite["cases"].Case("small", 1, 40, 24, 16, T=7), op="solve")
+    inputs = suite["measured"].inputs_of(measured, CPU)
+    plan = suite["measured"].specified(measured, follows)(inputs[0].double())[0]
+    whole = suite["measured"].Answers(measured, inputs).of(follows)
+    monkeypatch.setattr(suite["measured"], "CHECK", 1)
+    answer = suite["measured"].Answers(measured, inputs).of(follows)
+    assert [len(one.exact[0][0]) for one in (whole, answer)] == [40, 3]
+    assert answer.error((plan,)) < 1e-13
+    assert answer.allowed == pytest.approx(whole.allowed, rel=3), "plain float32 is as far off either way"
+    plan[:, 32] *= 1 + 1e-5
+    assert not answer.error((plan,)) <= answer.allowed
+
+
 class Turn:
     """Takes ``seconds``, and notes when it was timed."""
 

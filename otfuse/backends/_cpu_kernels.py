@@ -24,9 +24,12 @@ NO_MASS, SCALING, ABSORBED, NOT_FINITE = 0, 1, 2, 3
 
 # Sums may be reordered and fused; NaN and infinities keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+IN_ORDER = FAST - {"reassoc"}  # what is vectorised over items: the same for all, also for the last few
 LIKE = {4: np.float32(0), 8: np.float64(0)}  # by size in bytes: picks the compiled version
 LANES = 16
 GATHER = 64  # lines whose contributions are summed one after the other; a multiple of four
+TINY_SIDE, TINY_ITEM = 16, 64  # tiny: solved side by side
+FEW_ITEMS, MANY_ITEMS = 16, 64  # solved side by side; fewer where a batch has no more
 SMALL_SIDE, SMALL_ITEM = 64, 1 << 14  # thin: min(N, M) up to the first; small: N M up to the second
 
 
@@ -508,8 +511,145 @@ def solve_items(first, last, like, shape, S, a, b, scale, num_iters, tol, kept, 
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
+    if max(N, M) <= TINY_SIDE and N * M <= TINY_ITEM:
+        _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs)
+        return
     for item in range(first, last):
         _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs):
+    """Items too small to be vectorised along a side, many side by side, a lane each; by themselves where not SCALING.
+
+    A lane does the same arithmetic whatever stands in the others, and however many there are.
+    """
+    N, M = S.shape[1:]
+    lanes = FEW_ITEMS if last - first <= FEW_ITEMS else MANY_ITEMS
+    padded_N, padded_M = _tiny_side(N), _tiny_side(M)
+    k = np.zeros((padded_N, padded_M, lanes), S.dtype)
+    marginals = np.zeros((padded_N, lanes), S.dtype), np.zeros((padded_M, lanes), S.dtype)
+    items, shifts, count = np.zeros(lanes, np.int64), np.zeros(lanes), 0
+    for item in range(first, last):
+        form, shift, _ = _survey(S[item], a[item], b[item], scale)
+        if form == SCALING:
+            for i in range(N):
+                marginals[0][i, count] = a[item, i]
+                for j in range(M):
+                    k[i, j, count] = S[item, i, j]
+            for j in range(M):
+                marginals[1][j, count] = b[item, j]
+            items[count], shifts[count] = item, shift
+            count += 1
+        else:
+            _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
+        if count == lanes or (count > 0 and item == last - 1):
+            _solve_lanes(k, marginals, items[:count], shifts, scale, num_iters, tol, outputs)
+            count = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _tiny_side(size):
+    """Sides that ``_half_round`` is compiled for."""
+    return 4 if size <= 4 else 8 if size <= 8 else 16
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _solve_lanes(k, marginals, items, shifts, scale, num_iters, tol, outputs):
+    """Rounds of the items in the first lanes of k [N, M, lanes], which comes with their similarity; and their outputs.
+
+    What stands in the other lanes is left from earlier, and is not looked at.
+    """
+    plan, f, g, marginal_error, rounds, history = outputs
+    (N, M), (a, b), keeps = plan.shape[1:], marginals, history.shape[1] > 0
+    done, error, running = np.zeros(k.shape[2], np.int32), np.zeros(k.shape[2]), np.ones(k.shape[2], np.bool_)
+    u, v, next_u, rows, columns = (
+        np.zeros_like(a),
+        np.zeros_like(b),
+        np.zeros_like(a),
+        np.zeros_like(a),
+        np.zeros_like(b),
+    )
+    _lane_kernel(k, a, b, shifts.astype(k.dtype), k.dtype.type(scale))
+    turned = k.transpose((1, 0, 2)).copy()
+    for j in range(M):
+        _ones_where(b[j], v[j])
+    _half_round(k, v, a, rows, next_u)
+    for t in range(num_iters):
+        for i in range(N):
+            for lane in range(k.shape[2]):
+                u[i, lane] = next_u[i, lane] if running[lane] else u[i, lane]
+        _half_round(turned, u, b, columns, v)
+        _half_round(k, v, a, rows, next_u)
+        for lane in range(items.shape[0]):
+            done[lane] += running[lane]
+            if keeps:
+                kept = history[items[lane], 1 + t]
+                kept[:N], kept[N:] = u[:N, lane], v[:M, lane]
+        if tol > 0:
+            _lane_errors(u, rows, a, error)
+            for lane in range(k.shape[2]):
+                running[lane] = running[lane] and not error[lane] < tol
+            if not running[: items.shape[0]].any():
+                break
+    _lane_errors(u, rows, a, error)
+    for lane, item in enumerate(items):
+        for i in range(N):
+            for j in range(M):
+                plan[item, i, j] = k[i, j, lane] * u[i, lane] * v[j, lane]
+            live, log_u = a[i, lane] != 0, math.log(u[i, lane]) - shifts[lane] * scale
+            f[item, i] = log_u / abs(scale) if live else -np.inf
+        for j in range(M):
+            g[item, j] = math.log(v[j, lane]) / abs(scale) if b[j, lane] != 0 else -np.inf
+        marginal_error[item], rounds[item] = error[lane], done[lane]
+        if keeps:
+            history[item, 0, :] = 0
+            history[item, 0, 0], history[item, 0, 1] = SCALING, shifts[lane]
+            history[item, 1 + done[lane] :] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _lane_kernel(k, a, b, shift, scale):
+    """k := exp((k - shift) scale) where both marginals are not zero, else 0."""
+    zero = k.dtype.type(0)
+    for i in range(k.shape[0]):
+        for j in range(k.shape[1]):
+            for lane in range(k.shape[2]):
+                entry = _exp((k[i, j, lane] - shift[lane]) * scale, zero)
+                k[i, j, lane] = entry if a[i, lane] != 0 and b[j, lane] != 0 else zero
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _half_round(k, inner, marginal, sums, outer):
+    """sums = k inner; outer = marginal / sums, in every lane of k [outer, inner, lanes]."""
+    if k.shape[1] == 4:
+        _half_round_of(k, inner, marginal, sums, outer, (0,) * 4)
+    elif k.shape[1] == 8:
+        _half_round_of(k, inner, marginal, sums, outer, (0,) * 8)
+    else:
+        _half_round_of(k, inner, marginal, sums, outer, (0,) * 16)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
+def _half_round_of(k, inner, marginal, sums, outer, side):
+    """``side`` is a tuple as long as the inner side: a length that the compiler knows, so that it unrolls the sum and
+    vectorises along lanes."""
+    zero = k.dtype.type(0)
+    for o in range(k.shape[0]):
+        for lane in range(k.shape[2]):
+            total = zero
+            for i in range(len(side)):
+                total += k[o, i, lane] * inner[i, lane]
+            sums[o, lane] = total
+            outer[o, lane] = marginal[o, lane] / total if marginal[o, lane] != 0 else zero
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
+def _lane_errors(u, rows, a, error):
+    error[:] = 0
+    for i in range(a.shape[0]):
+        for lane in range(a.shape[1]):
+            error[lane] += abs(u[i, lane] * rows[i, lane] - a[i, lane])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
