@@ -7,6 +7,7 @@ after models that are remembered too: ``torch.empty_like`` has nothing to parse.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -63,3 +64,24 @@ def new_like(models: Sequence[Tensor]) -> list[Tensor]:
 def model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of this shape that takes room for one number."""
     return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
+
+
+def sent(*grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients for the kernel; those of outputs that were not wanted are empty."""
+    return contiguous(*[None if grad is None else wanted(grad) for grad in grads])
+
+
+def wanted(tensor: Tensor) -> Tensor | None:
+    """None for the kernel where there is no room for an output."""
+    return tensor if tensor.numel() else None
+
+
+def on(device: torch.device) -> Any:
+    """Triton launches on torch's current device: make it the tensors'. To change it costs more than to ask."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

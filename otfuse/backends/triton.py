@@ -9,7 +9,6 @@ Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -19,18 +18,11 @@ from torch import Tensor
 
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
-from otfuse.backends._triton_launch import launch, model, new_like
+from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
+from otfuse.backends._triton_paths import Path, choose, fits_on_chip, is_small, tile_side
 from otfuse.backends.base import Backend, is_installed
 from otfuse.fused_ops import MODES, UNROLL
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
-
-# Entries of the largest tile that stays on chip, both sides rounded up to a power of two of at least 16.
-LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
-
-# Longer ones would not leave a thread its registers: the longest side, by bytes of an entry, and the largest tile of
-# tokens with a side of more than 128 (kernels/triton/resources.json has the worst cases).
-LONGEST_SIDE = {8: 64, 4: 256}
-LARGEST_LONG_TILE = 8192
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, dtype_name
 
 _NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
@@ -60,24 +52,9 @@ class TritonBackend(Backend):
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
         _, N, M = problem.shape
-        size = problem.solve_dtype.itemsize
-        tokens, largest = problem.x is not None, LARGEST_TILE[size]
-        dtype = str(problem.solve_dtype).removeprefix("torch.")
-        sides = tile_side(N), tile_side(M)
-        if sides[0] * sides[1] > largest:
-            reasons.append(
-                f"a kernel matrix of {N} x {M} does not fit on chip (at most {largest} entries in {dtype}, "
-                "N and M each rounded up to a power of two, at least 16)"
-            )
-        elif max(sides) > LONGEST_SIDE[size]:
-            reasons.append(
-                f"a side of {max(N, M)} does not fit on chip (at most {LONGEST_SIDE[size]} on either side in {dtype})"
-            )
-        elif tokens and max(sides) > 128 and sides[0] * sides[1] > LARGEST_LONG_TILE:
-            reasons.append(
-                f"tokens of {N} x {M} do not fit on chip (with more than 128 on a side, at most {LARGEST_LONG_TILE} "
-                "entries, N and M each rounded up to a power of two)"
-            )
+        D = 0 if problem.x is None else problem.x.shape[2]
+        if not (is_small(N, M, D) or fits_on_chip(N, M, D, problem.values.dtype)):
+            reasons.append(f"a kernel matrix of {N} x {M} does not fit on chip in {dtype_name(problem.solve_dtype)}")
         return reasons
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
@@ -110,12 +87,17 @@ def _prepared(problem: Problem, *values: Tensor) -> tuple[tuple[Tensor | None, .
     return inputs, torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def tile_side(size: int) -> int:
-    """The power of two that holds ``size``; products on tensor cores want at least 16."""
-    side = 16
-    while side < size:  # comparisons, which torch.compile can guard on
-        side *= 2
-    return side
+def path_of(values: Tensor, B: int, N: int, M: int, D: int) -> Path:
+    """How a batch is solved, forward and backward: the launchers here are those of ``Path.ON_CHIP``."""
+    return choose(B, N, M, D, values.dtype, device_memory(values.device))
+
+
+@cache
+def device_memory(device: torch.device) -> int:
+    """Bytes in all, whatever is in use."""
+    if device.type == "cpu":  # in Triton's interpreter: a number that is the same on every machine
+        return 16 << 30
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def launch_attend(
@@ -123,7 +105,7 @@ def launch_attend(
     num_iters: int, tol: float, grad: int, history: bool, plan: bool, similarity: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (B, N, D), M, dtype, device = x.shape, y.shape[1], x.dtype, x.device
-    x, y, a, b = _contiguous(x, y, a, b)
+    x, y, a, b = contiguous(x, y, a, b)
     models = _attend_models(B, N, M, num_iters, grad, history, plan, similarity, dtype, device)
     outputs = (torch.empty_like(x), torch.empty_like(y), *new_like(models))
     if B == 0:
@@ -133,7 +115,7 @@ def launch_attend(
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
     precision = {"PRECISION": _precision(dtype)}
     made = outputs[3] if similarity else None
-    with _on(device):
+    with on(device):
         if shape.similarity_first:
             made = outputs[4].new_empty(B, N, M) if made is None else made
             tiles = _blocks("similarity", dtype, min(tile_side(N), 64), min(tile_side(M), 64), device)
@@ -177,17 +159,17 @@ def launch_attend_backward(
     num_iters: int, tol: float, grad: int, rounds: Tensor, history: Tensor, *grads: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (B, N, D), M = x.shape, y.shape[1]
-    x, y, a, b = _contiguous(x, y, a, b)
+    x, y, a, b = contiguous(x, y, a, b)
     gradients = fused_ops.new_gradients(x, y, a, b)
     if B == 0:
         return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     blocks = _blocks("backward", x.dtype, tile_side(N), tile_side(M), x.device)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
-    with _on(x.device):
+    with on(x.device):
         arguments = (
-            x, y, None, a, b, *_contiguous(rounds, history), *_sent(*grads),
-            *gradients[:2], None, *map(_wanted, gradients[2:]),
+            x, y, None, a, b, *contiguous(rounds, history), *sent(*grads),
+            *gradients[:2], None, *map(wanted, gradients[2:]),
             N, M, D, shape.features, scale, num_iters,
         )  # fmt: skip
         launch(_kernels().attend_bwd, (B, shape.parts), arguments, {**options, **blocks}, x.device)
@@ -198,14 +180,14 @@ def launch_sinkhorn(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
 ) -> tuple[Tensor, ...]:
     B, N, M = cost.shape
-    cost, a, b = _contiguous(cost, a, b)
+    cost, a, b = contiguous(cost, a, b)
     models = _solution_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device)
     plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
         return plan, *solution
     blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
-    with _on(cost.device):
+    with on(cost.device):
         arguments = (
             None, None, cost, a, b, None, None, plan, None, *solution[:4],
             solution[4] if history else None, N, M, 0, 0, scale, num_iters, tol,
@@ -219,17 +201,17 @@ def launch_sinkhorn_backward(
     rounds: Tensor, history: Tensor, *grads: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, N, M = cost.shape
-    cost, a, b = _contiguous(cost, a, b)
+    cost, a, b = contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
         return gradients
-    grad_plan, grad_f, grad_g = _sent(*grads)
+    grad_plan, grad_f, grad_g = sent(*grads)
     blocks = _blocks("backward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "MODE": grad, "PRECISION": "ieee"}
-    with _on(cost.device):
+    with on(cost.device):
         arguments = (
-            None, None, cost, a, b, *_contiguous(rounds, history), None, None, grad_plan, None, grad_f, grad_g,
-            None, None, gradients[0], *map(_wanted, gradients[1:]),
+            None, None, cost, a, b, *contiguous(rounds, history), None, None, grad_plan, None, grad_f, grad_g,
+            None, None, gradients[0], *map(wanted, gradients[1:]),
             N, M, 0, 0, scale, num_iters,
         )  # fmt: skip
         launch(_kernels().attend_bwd, (B, 1), arguments, {**options, **blocks}, cost.device)
@@ -305,24 +287,3 @@ def _blocks(kernel: str, dtype: torch.dtype, BLOCK_N: int, BLOCK_M: int, device:
 def _precision(tokens: torch.dtype) -> str:
     """Of products in float32: its own, unless torch has been told that tf32 will do."""
     return "tf32" if tokens == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
-
-
-def _sent(*grads: Tensor | None) -> tuple[Any, ...]:
-    """Gradients for the kernel; those of outputs that were not wanted are empty."""
-    return _contiguous(*[None if grad is None else _wanted(grad) for grad in grads])
-
-
-def _wanted(tensor: Tensor) -> Tensor | None:
-    """None for the kernel where there is no room for an output."""
-    return tensor if tensor.numel() else None
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on torch's current device: make it the tensors'. To change it costs more than to ask."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otfuse import ops
-from otfuse.backends._triton_launch import launch
+from otfuse.backends._triton_launch import contiguous, launch, on
+from otfuse.backends._triton_paths import LARGEST_TILE, tile_side
 from otfuse.backends.base import is_installed
-from otfuse.backends.triton import INTERPRETED, LARGEST_TILE, _blocks, _contiguous, _on, _precision, tile_side
+from otfuse.backends.triton import INTERPRETED, _blocks, _precision
 from otfuse.registration import register_autograd
 
 # assignment, contrast: places in otfuse.loss.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
@@ -77,7 +78,7 @@ def launch_alignment_loss(
     from otfuse.kernels.triton import loss
 
     B, N, M = plan.shape
-    plan, similarity, a, b = _contiguous(plan, similarity, a, b)
+    plan, similarity, a, b = contiguous(plan, similarity, a, b)
     outputs = _new_terms(plan)
     if B == 0:
         return outputs
@@ -85,7 +86,7 @@ def launch_alignment_loss(
     grid = (B, -(-N // blocks["BLOCK_N"]) - (-M // blocks["BLOCK_M"]))
     arguments = plan, similarity, a, b, *outputs, N, M, 1 / temperature
     options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
-    with _on(plan.device):
+    with on(plan.device):
         launch(loss._alignment_loss_fwd_kernel, grid, arguments, {**options, **blocks}, plan.device)
     return outputs
 
@@ -97,7 +98,7 @@ def launch_alignment_loss_backward(
     from otfuse.kernels.triton import loss
 
     B, N, M = plan.shape
-    plan, similarity, a, b, normaliser = _contiguous(plan, similarity, a, b, normaliser)
+    plan, similarity, a, b, normaliser = contiguous(plan, similarity, a, b, normaliser)
     grad_plan, grad_similarity = plan.new_empty(plan.shape), similarity.new_empty(similarity.shape)
     if B == 0:
         return grad_plan, grad_similarity
@@ -109,7 +110,7 @@ def launch_alignment_loss_backward(
         1 / temperature,
     )  # fmt: skip
     options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
-    with _on(plan.device):
+    with on(plan.device):
         launch(loss._alignment_loss_bwd_kernel, grid, arguments, {**options, **blocks}, plan.device)
     return grad_plan, grad_similarity
 

@@ -1,0 +1,75 @@
+"""The choice between the Triton backend's paths: total, monotonous, the same forward and backward."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from otfuse.backends._triton_paths import Path, choose, fits_on_chip
+
+H200, SMALL_CARD = 141 << 30, 8 << 30
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIDES = sorted({side + step for power in range(15) for side in (2**power,) for step in (-1, 0, 1)} - {0, 2**14 + 1})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [0, 1, 16, 64, 768])
+def test_every_size_has_a_path(dtype, D):
+    """From 1 x 1 to 16384 x 16384, each side by itself; what was off chip stays off when it grows."""
+    order = (Path.SMALL, Path.ON_CHIP, Path.STORED, Path.RECOMPUTED)
+    for N in SIDES:
+        reached = 0
+        for M in SIDES:
+            for B in (1, 64, 1_048_576):
+                path = choose(B, N, M, D, dtype, H200)
+                assert path in order and (D > 0 or path is not Path.RECOMPUTED)
+                assert (path is Path.SMALL) == (D == 0 and N <= 16 and M <= 16)
+                assert (path is Path.ON_CHIP) == (path is not Path.SMALL and fits_on_chip(N, M, D, dtype))
+            place = order.index(choose(1, N, M, D, dtype, H200))
+            assert place >= reached, f"{N} x {M} goes back on chip"
+            reached = place
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "before", "beyond"),
+    [
+        ((16, 16, 0), torch.float32, Path.SMALL, Path.ON_CHIP),
+        ((1, 16, 0), torch.float64, Path.SMALL, Path.ON_CHIP),
+        ((128, 128, 0), torch.float32, Path.ON_CHIP, Path.STORED),
+        ((64, 256, 0), torch.bfloat16, Path.ON_CHIP, Path.STORED),
+        ((64, 64, 0), torch.float64, Path.ON_CHIP, Path.STORED),
+        ((128, 128, 768), torch.bfloat16, Path.ON_CHIP, Path.STORED),
+        ((32, 256, 768), torch.float32, Path.ON_CHIP, Path.STORED),
+        ((128, 128, 16), torch.float32, Path.ON_CHIP, Path.RECOMPUTED),
+        ((64, 64, 1), torch.float64, Path.ON_CHIP, Path.STORED),
+    ],
+    ids=str,
+)
+def test_where_the_lines_lie(sizes, dtype, before, beyond):
+    """One column more is another path, and so is one row more the other way round."""
+    N, M, D = sizes
+    assert choose(1, N, M, D, dtype, H200) is choose(1, M, N, D, dtype, H200) is before
+    assert choose(1, N, M + 1, D, dtype, H200) is choose(1, M + 1, N, D, dtype, H200) is beyond
+
+
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64)], ids=str)
+def test_tiles_are_made_again_where_there_are_few_features(dtype, last):
+    assert choose(1, 4096, 4096, last, dtype, H200) is Path.RECOMPUTED
+    assert choose(1, 4096, 4096, last + 1, dtype, H200) is Path.STORED
+
+
+def test_tokens_whose_matrix_takes_too_much_memory_are_never_stored():
+    """At most a quarter of the device, all items together; a cost is there already, and stays the stored matrix."""
+    assert choose(1, 16384, 16384, 768, torch.bfloat16, 4 << 30) is Path.STORED
+    assert choose(1, 16384, 16384, 768, torch.bfloat16, (4 << 30) - 1) is Path.RECOMPUTED
+    assert choose(4, 16384, 16384, 768, torch.bfloat16, SMALL_CARD) is Path.RECOMPUTED
+    assert choose(4, 16384, 16384, 0, torch.float32, SMALL_CARD) is Path.STORED
+    assert choose(1, 16384, 16384, 768, torch.float64, SMALL_CARD) is Path.STORED
+    assert choose(2, 16384, 16384, 768, torch.float64, SMALL_CARD) is Path.RECOMPUTED
+
+
+def test_the_batch_decides_nothing_but_what_is_stored():
+    for B, (N, M), D in itertools.product((1, 100, 10**6), ((4, 4), (16, 17), (128, 128)), (0, 16, 768)):
+        assert choose(B, N, M, D, torch.float32, SMALL_CARD) is choose(1, N, M, D, torch.float32, SMALL_CARD)
