@@ -19,10 +19,11 @@ from torch import Tensor
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
-from otfuse.backends._triton_paths import Path, choose, fits_on_chip, is_small, tile_side
+from otfuse.backends._triton_paths import Path, choose, tile_side
 from otfuse.backends.base import Backend, is_installed
+from otfuse.backends.triton_large import launch_attend_large, launch_sinkhorn_large
 from otfuse.fused_ops import MODES, UNROLL
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, dtype_name
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
 _NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
@@ -51,10 +52,6 @@ class TritonBackend(Backend):
         reasons = []
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
-        _, N, M = problem.shape
-        D = 0 if problem.x is None else problem.x.shape[2]
-        if not (is_small(N, M, D) or fits_on_chip(N, M, D, problem.values.dtype)):
-            reasons.append(f"a kernel matrix of {N} x {M} does not fit on chip in {dtype_name(problem.solve_dtype)}")
         return reasons
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
@@ -109,6 +106,10 @@ def launch_attend(
     models = _attend_models(B, N, M, num_iters, grad, history, plan, similarity, dtype, device)
     outputs = (torch.empty_like(x), torch.empty_like(y), *new_like(models))
     if B == 0:
+        return outputs
+    if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:  # tokens, even without features
+        options = num_iters, tol, _history(grad, history), path is Path.STORED, _precision(dtype)
+        launch_attend_large(x, y, a, b, cosine, barycentric, scale, *options, *outputs[:4], outputs[4:])
         return outputs
     shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)
     blocks = _blocks("forward", dtype, tile_side(N), tile_side(M), device)
@@ -184,6 +185,9 @@ def launch_sinkhorn(
     models = _solution_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device)
     plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
+        return plan, *solution
+    if path_of(cost, B, N, M, 0) is Path.STORED:
+        launch_sinkhorn_large(cost, a, b, scale, num_iters, tol, _history(grad, history), plan, solution)
         return plan, *solution
     blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}

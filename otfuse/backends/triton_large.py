@@ -10,15 +10,14 @@ columns, one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from otfuse import fused_ops
-from otfuse.backends._triton_launch import contiguous, launch, on, wanted
-from otfuse.fused_ops import UNROLL
+from otfuse.backends._triton_launch import launch, on
 
 LINES = 256  # of an item, to a program that does not look at the matrix
 
@@ -139,10 +138,10 @@ class Solve:
         self.matrices(None, similarity)
         self.matrix = similarity
 
-    def rounds(self, num_iters: int, tol: float, solution: tuple[Tensor, ...], kept: int) -> None:
-        """All rounds; ``kept`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
+    def rounds(self, num_iters: int, tol: float, solution: Sequence[Tensor], keep: int) -> None:
+        """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
         f, g, error, rounds, history = solution
-        keeps = history if kept else None
+        history = history if keep else None
         constants = self.constants()
         P = -(-self.N // constants["BLOCK_N"])
         part, found, new_u = self.new(self.B, P, self.M), self.new(self.B, P), self.new(self.B, self.N)
@@ -153,7 +152,7 @@ class Solve:
             self.N, self.M, self.D, P, self.M, self.scale,
         )  # fmt: skip
         gathered = (
-            self.weights, self.exponent, first, self.scaling, new_u, part, found, self.items, stopped, rounds, keeps,
+            self.weights, self.exponent, first, self.scaling, new_u, part, found, self.items, stopped, rounds, history,
             self.N, self.M, P,
         )  # fmt: skip
         lines = {"BLOCK": LINES, "num_warps": 4}
@@ -161,13 +160,13 @@ class Solve:
             phase = {"FIRST": t < 0, "LAST": t == num_iters}
             self.launch(_kernels()._strip_kernel, (self.B * P,), (*strip, t), self.constants(**phase))
             if t < num_iters:
-                options = {"FIRST": t < 0, "STOPS": tol > 0, "HISTORY": kept, **lines}
+                options = {"FIRST": t < 0, "STOPS": tol > 0, "HISTORY": keep, **lines}
                 self.launch(_kernels()._gather_kernel, self.line_programs(), (*gathered, t, num_iters, tol), options)
         arguments = (
-            self.weights, self.exponent, first, self.scaling, found, self.items, f, g, error, rounds, keeps,
+            self.weights, self.exponent, first, self.scaling, found, self.items, f, g, error, rounds, history,
             self.N, self.M, P, num_iters, self.scale,
         )  # fmt: skip
-        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, {"HISTORY": kept, **lines})
+        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, {"HISTORY": keep, **lines})
 
     def attend(self, barycentric: bool, x_out: Tensor, y_out: Tensor) -> None:
         N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
@@ -195,40 +194,32 @@ class Solve:
 
 def launch_attend_large(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, grad: int, history: bool, plan: bool, similarity: bool, *, stored: bool, precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """As ``triton.launch_attend``. ``stored``: the similarity is made once and read in every round."""
-    (B, N, _), M = x.shape, y.shape[1]
-    x, y, a, b = contiguous(x, y, a, b)
-    outputs = fused_ops.new_attended(x, y, plan, similarity)
-    solution = fused_ops.new_solution(x, N, M, num_iters, grad, history)
+    num_iters: int, tol: float, keep: int, stored: bool, precision: str,
+    x_out: Tensor, y_out: Tensor, plan: Tensor, similarity: Tensor, solution: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous, the device current.
+
+    ``stored``: the similarity is made once and read in every round, as it is wherever it is asked for. ``keep`` is
+    streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL.
+    """
     with on(x.device):
         solve = Solve(x, y, None, a, b, cosine, scale, precision)
-        if similarity:
-            solve.store(outputs[3])
+        if similarity.numel():
+            solve.store(similarity)
         elif stored:
-            solve.store(solve.new(B, N, M))
-        solve.rounds(num_iters, tol, solution, kept(grad, history))
-        if plan:
-            solve.matrices(outputs[2], None)
-        solve.attend(barycentric, *outputs[:2])
-    return *outputs, *solution
+            solve.store(solve.new(solve.B, solve.N, solve.M))
+        solve.rounds(num_iters, tol, solution, keep)
+        if plan.numel():
+            solve.matrices(plan, None)
+        solve.attend(barycentric, x_out, y_out)
 
 
 def launch_sinkhorn_large(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
-) -> tuple[Tensor, ...]:
-    """As ``triton.launch_sinkhorn``: the cost itself is what is streamed."""
-    N, M = cost.shape[1:]
-    cost, a, b = contiguous(cost, a, b)
-    plan, solution = torch.empty_like(cost), fused_ops.new_solution(cost, N, M, num_iters, grad, history)
+    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, keep: int,
+    plan: Tensor, solution: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same for a cost, which is itself what is streamed."""
     with on(cost.device):
         solve = Solve(None, None, cost, a, b, False, scale, "ieee")
-        solve.rounds(num_iters, tol, solution, kept(grad, history))
+        solve.rounds(num_iters, tol, solution, keep)
         solve.matrices(plan, None)
-    return plan, *solution
-
-
-def kept(grad: int, history: bool) -> int:
-    """streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
-    return 0 if not history else 2 if grad == UNROLL else 1
