@@ -278,14 +278,14 @@ def sum_found(found_ptr, item, P, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "P", "t", "num_iters"])
 def _gather_kernel(
-    weights_ptr, exponent_ptr, first_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr, items_ptr, stopped_ptr,
+    weights_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr, items_ptr, stopped_ptr,
     rounds_ptr, history_ptr, N, M, P, t, num_iters, tol: tl.float64,
     FIRST: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): makes round t part of the state, unless the item is done.
 
     The state: exponents and scalings of all lines [B, N + M], whether an item has stopped and its rounds [B]. FIRST
-    sets it up, and keeps the first exponents apart, which histories are relative to.
+    sets it up. With HISTORY_ALL the logarithms of a round's scalings are kept.
     """
     item, block, is_rows, index, at = line_block(N, M, BLOCK)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
@@ -324,15 +324,12 @@ def _gather_kernel(
         else:
             exponent = load_lines(exponent_ptr, lines + at, inside)
             scaling = divide(weights, tl.maximum(found, smallest))
-    if FIRST:
-        tl.store(first_ptr + lines + at, exponent, mask=inside)
-    else:
+    if not FIRST:
         grown = log_weights(scaling)
         moved = tl.where(tl.abs(grown) > GROWN, whole(grown), 0.0)
         if HISTORY == HISTORY_ALL:
-            kept = grown + (exponent - load_lines(first_ptr, lines + at, inside))
             history_ptr += item * (2 + num_iters * (N + M)) + 2 + wide(t) * (N + M)
-            tl.store(history_ptr + at, kept, mask=inside)
+            tl.store(history_ptr + at, grown + exponent, mask=inside)
         exponent += moved
         scaling *= tl.exp2(-moved)
     tl.store(exponent_ptr + lines + at, exponent, mask=inside)
@@ -341,13 +338,13 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
-    weights_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
+    weights_ptr, exponent_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
     history_ptr, N, M, P, num_iters, scale: tl.float64, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 
-    A history [B, 2 + kept (N + M)] begins with what poisons the item; then log2 of the scalings, relative to the first
-    exponents, of every round or of the last.
+    A history [B, 2 + kept (N + M)] begins with what poisons the item; then log2 of the scalings, of every
+    round or of the last.
     """
     item, block, is_rows, index, at = line_block(N, M, BLOCK)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
@@ -372,8 +369,7 @@ def _finish_kernel(
             tl.store(history_ptr + 1, 0.0)
         history_ptr += 2
         if HISTORY == HISTORY_LAST:
-            logarithm += exponent - load_lines(first_ptr, lines + at, inside)
-            tl.store(history_ptr + at, logarithm, mask=inside)
+            tl.store(history_ptr + at, logarithm + exponent, mask=inside)
         else:
             for rest in range(rounds, num_iters):  # of rounds that were not run: zero, not whatever was there
                 tl.store(history_ptr + wide(rest) * (N + M) + at, tl.zeros((BLOCK,), DTYPE), mask=inside)

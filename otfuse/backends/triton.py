@@ -21,7 +21,12 @@ from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
 from otfuse.backends._triton_paths import Path, choose, tile_side
 from otfuse.backends.base import Backend, is_installed
-from otfuse.backends.triton_large import launch_attend_large, launch_sinkhorn_large
+from otfuse.backends.triton_large import (
+    launch_attend_large,
+    launch_attend_large_backward,
+    launch_sinkhorn_large,
+    launch_sinkhorn_large_backward,
+)
 from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
@@ -164,6 +169,10 @@ def launch_attend_backward(
     gradients = fused_ops.new_gradients(x, y, a, b)
     if B == 0:
         return gradients
+    if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:
+        options = num_iters, grad, path is Path.STORED, _precision(x.dtype), contiguous(rounds, history)
+        launch_attend_large_backward(x, y, a, b, cosine, barycentric, scale, *options, sent(*grads), gradients)
+        return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     blocks = _blocks("backward", x.dtype, tile_side(N), tile_side(M), x.device)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
@@ -208,6 +217,10 @@ def launch_sinkhorn_backward(
     cost, a, b = contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
+        return gradients
+    if path_of(cost, B, N, M, 0) is Path.STORED:
+        kept = contiguous(rounds, history)
+        launch_sinkhorn_large_backward(cost, a, b, scale, num_iters, grad, kept, sent(*grads), gradients)
         return gradients
     grad_plan, grad_f, grad_g = sent(*grads)
     blocks = _blocks("backward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)

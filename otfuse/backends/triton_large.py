@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otfuse.backends._triton_launch import launch, on
+from otfuse.backends._triton_launch import launch, on, wanted
+from otfuse.fused_ops import DETACH, IMPLICIT, UNROLL
 
 LINES = 256  # of an item, to a program that does not look at the matrix
 
@@ -29,6 +30,8 @@ BLOCKS = {
     ("matrix", 8): (16, 128, 4, 2),
     ("tokens", 4): (64, 64, 8, 2),
     ("tokens", 8): (32, 32, 8, 2),
+    ("gradient", 4): (32, 32, 4, 1),
+    ("gradient", 8): (16, 16, 4, 1),
 }
 FEATURES = {1: 64, 2: 64, 4: 32, 8: 16}  # BLOCK_D, by bytes of a number of the tokens
 ATTENDED = {1: 64, 2: 64, 4: 64, 8: 32}  # BLOCK_F: features that a program attends to
@@ -45,7 +48,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(source: str, values: torch.dtype) -> Blocks:
-    """``source``: "matrix" or "tokens"; ``values``: the dtype of the tokens or the cost."""
+    """``source``: "matrix", "tokens", or "gradient" where tokens meet gradients; ``values``: what they are of."""
     BLOCK_N, BLOCK_M, num_warps, num_stages = BLOCKS[source, 8 if values == torch.float64 else 4]
     return Blocks(BLOCK_N, BLOCK_M, FEATURES[values.itemsize], num_warps, num_stages)
 
@@ -56,6 +59,17 @@ def _kernels() -> Any:
     from otfuse.kernels.triton import streaming
 
     return streaming
+
+
+@cache
+def _backward() -> Any:
+    from otfuse.kernels.triton import streaming_backward
+
+    return streaming_backward
+
+
+# Of streaming_backward.
+ROUND, START, STEP, END = range(4)
 
 
 class Solve:
@@ -117,9 +131,8 @@ class Solve:
             return self.x, self.y, None, self.inverse, self.weights
         return None, None, self.matrix, None, self.weights
 
-    def constants(self, **more: Any) -> dict[str, Any]:
-        blocks = self.blocks()
-        sides = blocks._asdict()
+    def constants(self, source: str | None = None, **more: Any) -> dict[str, Any]:
+        sides = (blocks_of(source, self.tokens) if source else self.blocks())._asdict()
         options = {name: sides.pop(name) for name in ("num_warps", "num_stages")}
         return {**more, "PRECISION": self.precision, **sides, **options}
 
@@ -145,14 +158,13 @@ class Solve:
         constants = self.constants()
         P = -(-self.N // constants["BLOCK_N"])
         part, found, new_u = self.new(self.B, P, self.M), self.new(self.B, P), self.new(self.B, self.N)
-        first = self.new(self.B, self.N + self.M)
         stopped = self.new(self.B, dtype=torch.int32)
         strip = (
             *self.source(), self.exponent, self.scaling, new_u, part, found, stopped,
             self.N, self.M, self.D, P, self.M, self.scale,
         )  # fmt: skip
         gathered = (
-            self.weights, self.exponent, first, self.scaling, new_u, part, found, self.items, stopped, rounds, history,
+            self.weights, self.exponent, self.scaling, new_u, part, found, self.items, stopped, rounds, history,
             self.N, self.M, P,
         )  # fmt: skip
         lines = {"BLOCK": LINES, "num_warps": 4}
@@ -163,7 +175,7 @@ class Solve:
                 options = {"FIRST": t < 0, "STOPS": tol > 0, "HISTORY": keep, **lines}
                 self.launch(_kernels()._gather_kernel, self.line_programs(), (*gathered, t, num_iters, tol), options)
         arguments = (
-            self.weights, self.exponent, first, self.scaling, found, self.items, f, g, error, rounds, history,
+            self.weights, self.exponent, self.scaling, found, self.items, f, g, error, rounds, history,
             self.N, self.M, P, num_iters, self.scale,
         )  # fmt: skip
         self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, {"HISTORY": keep, **lines})
@@ -176,7 +188,8 @@ class Solve:
             (self.y, self.x, y_out, M, N, (1, M), (N, 0)),
         )
         for x, y, out, rows, columns, strides, places in sides:
-            constants = self.attend_constants(BARYCENTRIC=barycentric)
+            # Tensor cores multiply, wherever the plan comes from.
+            constants = with_features(self.constants("tokens", BARYCENTRIC=barycentric), width)
             programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
             arguments = (
                 x, y, matrix, inverse, weights, self.exponent, self.scaling, self.items, out,
@@ -184,12 +197,11 @@ class Solve:
             )  # fmt: skip
             self.launch(_kernels()._attend_kernel, programs, arguments, constants)
 
-    def attend_constants(self, **more: Any) -> dict[str, Any]:
-        constants = self.constants(**more)
-        sides = blocks_of("tokens", self.tokens)  # products on tensor cores, wherever the plan comes from
-        constants |= {"BLOCK_N": sides.BLOCK_N, "BLOCK_M": sides.BLOCK_M}
-        warps = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        return {**constants, "BLOCK_F": ATTENDED[self.tokens.itemsize], **warps, "num_warps": sides.num_warps}
+
+def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
+    """With one more block size, before the options."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    return {**constants, "BLOCK_F": BLOCK_F, **options}
 
 
 def launch_attend_large(
@@ -223,3 +235,181 @@ def launch_sinkhorn_large(
         solve = Solve(None, None, cost, a, b, False, scale, "ieee")
         solve.rounds(num_iters, tol, solution, keep)
         solve.matrices(plan, None)
+
+
+class Adjoint(Solve):
+    """The backward of a batch: gradients that come in, and the state of the adjoint rounds."""
+
+    def __init__(self, *problem: Any, barycentric: bool, mode: int, num_iters: int, kept: tuple[Tensor, Tensor],
+                 grads: Sequence[Tensor | None]) -> None:  # fmt: skip
+        """``problem``: as for Solve; ``grads``: of x, y, plan, similarity, f, g, None where there is none."""
+        super().__init__(*problem)
+        self.barycentric, self.mode, self.num_iters = barycentric, mode, num_iters
+        self.num_rounds, self.history = kept
+        self.grad_x, self.grad_y, self.grad_plan, self.grad_similarity, self.grad_f, self.grad_g = grads
+        self.total = self.new(self.B, self.N + self.M) if mode != DETACH else None
+        self.pull = self.new(self.B, num_iters, self.N + self.M) if mode == UNROLL else None
+        self.attended = self.new(self.B, self.N + self.M) if barycentric else None
+
+    def modes(self, **more: Any) -> dict[str, Any]:
+        return {**more, "MODE": self.mode, "BARYCENTRIC": self.barycentric}
+
+    def tokens_and_gradients(self) -> tuple[Any, ...]:
+        """The first arguments of kernels in which tokens meet gradients: tokens even where the matrix is read."""
+        _, _, matrix, inverse, weights = self.source()
+        return self.x, self.y, matrix, inverse, weights, self.grad_x, self.grad_y, self.grad_plan
+
+    def meeting(self) -> str:
+        return "matrix" if self.x is None else "gradient"
+
+    def solve(self) -> None:
+        """All that ends in ``total``, ``pull`` and ``attended``."""
+        if self.mode == DETACH and not self.barycentric:
+            return
+        B, N, M, kinds = self.B, self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1
+        constants = self.constants(self.meeting(), **self.modes())
+        P = -(-N // constants["BLOCK_N"])
+        rows, part = self.new(kinds, B, N), self.new(kinds, B, P, M)
+        start, sums = self.new(B, N + M), self.new(B, N + M) if self.mode == IMPLICIT else None
+        arguments = (
+            *self.tokens_and_gradients(), self.num_rounds, self.history, rows, part,
+            N, M, self.D, M, self.scale, self.num_iters,
+        )  # fmt: skip
+        self.launch(_backward()._start_kernel, (B * P,), arguments, constants)
+        arguments = (
+            self.weights, self.grad_f, self.grad_g, self.num_rounds, rows, part, start, self.attended, sums, self.pull,
+            self.total, N, M, P, self.scale, self.num_iters,
+        )  # fmt: skip
+        constants = {**self.modes(), "BLOCK": LINES, "num_warps": 4}
+        self.launch(_backward()._started_kernel, self.line_programs(), arguments, constants)
+        if self.mode == UNROLL:
+            self.unroll(start)
+        elif self.mode == IMPLICIT:
+            self.implicit(start, sums)
+
+    def strip(self, phase: int, t: int, start: Tensor, sums: Any, pull: Any, done: Any, part: Tensor) -> None:
+        arguments = (
+            *self.source(), self.num_rounds, self.history, start, sums, pull, self.total, done, part,
+            self.N, self.M, self.D, self.M, self.scale, self.num_iters, t,
+        )  # fmt: skip
+        programs = (self.row_programs(self.blocks().BLOCK_N),)
+        self.launch(_backward()._adjoint_strip_kernel, programs, arguments, self.constants(PHASE=phase))
+
+    def unroll(self, start: Tensor) -> None:
+        P = -(-self.N // self.blocks().BLOCK_N)
+        part = self.new(self.B, P, self.M)
+        for t in reversed(range(self.num_iters)):
+            self.strip(ROUND, t, start, None, self.pull, None, part)
+            if t:
+                arguments = (
+                    self.weights, self.num_rounds, part, self.pull, self.total, self.N, self.M, P, self.num_iters, t,
+                )  # fmt: skip
+                programs = (self.B * -(-self.M // LINES),)
+                constants = {"BLOCK": LINES, "num_warps": 4}
+                self.launch(_backward()._adjoint_gather_kernel, programs, arguments, constants)
+
+    def implicit(self, start: Tensor, sums: Any) -> None:
+        P = -(-self.N // self.blocks().BLOCK_N)
+        part, numbers = self.new(self.B, P, self.M), self.new(self.B, 4)
+        mapped, residual, direction = (self.new(self.B, self.M) for _ in range(3))
+        done = self.new(self.B, dtype=torch.int32)
+        arguments = (
+            start, sums, part, mapped, residual, direction, self.total, numbers, done, self.N, self.M, P,
+        )  # fmt: skip
+        for step in range(1 + num_steps(self.M, self.num_iters)):
+            self.strip(STEP if step else START, 0, start, sums, direction, done, part)
+            constants = {"FIRST": step == 0, "BLOCK": LINES, "num_warps": 4}
+            self.launch(_backward()._gradients_kernel, (self.B,), arguments, constants)
+        # The answer of the columns, in an array of its own.
+        mu = self.total[:, self.N :].contiguous()  # type: ignore[index]
+        self.strip(END, 0, start, sums, mu, done, part)
+
+    def matrix_gradient(self, grad: Tensor) -> None:
+        """Writes the gradient of the similarity or the cost [B, N, M]."""
+        constants = self.constants(self.meeting(), **self.modes())
+        programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
+        arguments = (
+            *self.tokens_and_gradients(), self.num_rounds, self.history, self.pull, self.total, grad,
+            self.N, self.M, self.D, self.M, self.scale, self.num_iters,
+        )  # fmt: skip
+        self.launch(_backward()._matrix_gradient_kernel, programs, arguments, constants)
+
+    def token_gradients(self, grad: Tensor | None, *outputs: Tensor) -> None:
+        """Of x and y; from the gradient of the similarity, or where that is None from its tiles, made on the way."""
+        _, _, matrix, _, weights = self.source()
+        N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
+        sides = (
+            (self.x, self.y, self.grad_x, self.grad_y, outputs[0], N, M, (M, 1), (0, N), False),
+            (self.y, self.x, self.grad_y, self.grad_x, outputs[1], M, N, (1, M), (N, 0), True),
+        )
+        for x, y, grad_x, grad_y, out, rows, columns, strides, places, swapped in sides:
+            constants = self.constants(
+                "gradient", **self.modes(SWAPPED=swapped, COSINE=self.inverse is not None)
+            )  # fmt: skip
+            arguments = (
+                x, y, matrix, self.inverse, weights, grad_x, grad_y, self.grad_plan, self.grad_similarity,
+                self.num_rounds, self.history, self.pull, self.total, grad, out,
+                rows, columns, self.D, *strides, *places, self.scale, self.num_iters,
+            )  # fmt: skip
+            programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
+            self.launch(_backward()._pull_kernel, programs, arguments, with_features(constants, width))
+
+    def weight_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
+        for grad, size, other, first, which in (
+            (grad_a, self.N, self.M, 0, 2), (grad_b, self.M, self.N, self.N, 3),
+        ):  # fmt: skip
+            if grad is None:
+                continue
+            arguments = (
+                self.weights, self.items, self.history, self.total, self.attended, grad,
+                size, other, first, which, self.num_iters,
+            )  # fmt: skip
+            constants = {"MODE": self.mode, "BLOCK": 1024, "num_warps": 4}
+            self.launch(_backward()._weight_gradient_kernel, (self.B,), arguments, constants)
+
+
+def num_steps(M: int, num_iters: int) -> int:
+    """Steps of conjugate gradients that are launched at most: an item leaves when it is done.
+
+    On chip it may take 4 M + 50; but each takes two launches here, and what 50 rounds have brought near its fixed
+    point needs far fewer (docs/performance.md#beyond-the-chip).
+    """
+    return min(4 * M + 50, 50 + 2 * num_iters)
+
+
+def launch_attend_large_backward(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
+    num_iters: int, grad: int, stored: bool, precision: str, kept: tuple[Tensor, Tensor],
+    grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Into ``gradients`` of x, y, a, b, of which the last two may be empty. ``kept``: rounds and history."""
+    with on(x.device):
+        adjoint = Adjoint(
+            x, y, None, a, b, cosine, scale, precision,
+            barycentric=barycentric, mode=grad, num_iters=num_iters, kept=kept, grads=grads,
+        )  # fmt: skip
+        made = None
+        if stored:
+            adjoint.store(adjoint.new(adjoint.B, adjoint.N, adjoint.M))
+        adjoint.solve()
+        if stored:
+            made = adjoint.new(adjoint.B, adjoint.N, adjoint.M)
+            adjoint.matrix_gradient(made)
+        adjoint.token_gradients(made, *gradients[:2])
+        adjoint.weight_gradients(*map(wanted, gradients[2:]))
+
+
+def launch_sinkhorn_large_backward(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, grad: int,
+    kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same into the gradients of the cost, a, b; ``grads``: of the plan, f, g."""
+    grad_plan, grad_f, grad_g = grads
+    with on(cost.device):
+        adjoint = Adjoint(
+            None, None, cost, a, b, False, scale, "ieee", barycentric=False, mode=grad, num_iters=num_iters,
+            kept=kept, grads=(None, None, grad_plan, None, grad_f, grad_g),
+        )  # fmt: skip
+        adjoint.solve()
+        adjoint.matrix_gradient(gradients[0])
+        adjoint.weight_gradients(*map(wanted, gradients[1:]))
