@@ -31,6 +31,9 @@ from .rounds import (
 # not to grow beyond, and what one round adds, they are no part of a plan whose entries sum to one.
 GROWN = tl.constexpr(24.0)
 
+# Of a history: scalings beyond 2^±WRITTEN are kept as logarithms.
+WRITTEN = tl.constexpr(100.0)
+
 HISTORY_NONE = tl.constexpr(0)
 HISTORY_LAST = tl.constexpr(1)
 HISTORY_ALL = tl.constexpr(2)
@@ -165,10 +168,10 @@ def whole(exponent):
     return tl.where(tl.abs(exponent) == float("inf"), 0.0, tl.floor(exponent))
 
 
-@triton.jit(do_not_specialize=["N", "M", "P", "t"])
+@triton.jit(do_not_specialize=["N", "M", "t"])
 def _strip_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr,
-    stopped_ptr, N, M, D, P, stride_n, scale: tl.float64, t,
+    stopped_ptr, N, M, D, stride_n, scale: tl.float64, t,
     FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +182,7 @@ def _strip_kernel(
     entries by column. LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
     """
     item, start = row_block(N, BLOCK_N)
-    strip = start // BLOCK_N
+    P, strip = tl.cdiv(N, BLOCK_N), start // BLOCK_N
     if not FIRST:
         if tl.load(stopped_ptr + item) != 0:
             return
@@ -276,16 +279,37 @@ def sum_found(found_ptr, item, P, DTYPE: tl.constexpr):
     return tl.sum(found)
 
 
+@triton.jit
+def pack(scaling, exponent):
+    """``scaling 2^exponent`` as one number: itself; or, beyond 2^±WRITTEN, minus its logarithm, and one over that if it is
+    negative. Zero at padding."""
+    logarithm = log_weights(scaling) + exponent
+    beyond = tl.abs(logarithm) > WRITTEN
+    written = tl.where(logarithm > 0, -logarithm, 1.0 / tl.where(beyond, logarithm, 1.0))
+    whole_number = scaling * tl.exp2(tl.where(beyond, 0.0, exponent))
+    return tl.where(beyond & (scaling != 0), written, whole_number)
+
+
+@triton.jit
+def unpack(packed):
+    """A number and the logarithm of what it is to be multiplied by; the number is between one and two, or zero."""
+    number = tl.where(packed > 0, packed, 1.0)
+    exponent = tl.floor(tl.log2(number))
+    logarithm = tl.where(packed < -1, -packed, 1.0 / tl.where(packed < 0, packed, 1.0))
+    number = tl.where(packed == 0, 0.0, number * tl.exp2(-exponent))
+    return number, tl.where(packed < 0, logarithm, exponent)
+
+
 @triton.jit(do_not_specialize=["N", "M", "P", "t", "num_iters"])
 def _gather_kernel(
-    weights_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr, items_ptr, stopped_ptr,
+    weights_ptr, exponent_ptr, first_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr, items_ptr, stopped_ptr,
     rounds_ptr, history_ptr, N, M, P, t, num_iters, tol: tl.float64,
     FIRST: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): makes round t part of the state, unless the item is done.
 
     The state: exponents and scalings of all lines [B, N + M], whether an item has stopped and its rounds [B]. FIRST
-    sets it up. With HISTORY_ALL the logarithms of a round's scalings are kept.
+    sets it up. With HISTORY_ALL the scalings of the round are kept, relative to the first exponents.
     """
     item, block, is_rows, index, at = line_block(N, M, BLOCK)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
@@ -324,12 +348,15 @@ def _gather_kernel(
         else:
             exponent = load_lines(exponent_ptr, lines + at, inside)
             scaling = divide(weights, tl.maximum(found, smallest))
-    if not FIRST:
+    if FIRST:
+        tl.store(first_ptr + lines + at, exponent, mask=inside)
+    else:
         grown = log_weights(scaling)
         moved = tl.where(tl.abs(grown) > GROWN, whole(grown), 0.0)
         if HISTORY == HISTORY_ALL:
             history_ptr += item * (2 + num_iters * (N + M)) + 2 + wide(t) * (N + M)
-            tl.store(history_ptr + at, grown + exponent, mask=inside)
+            kept = pack(scaling, exponent - load_lines(first_ptr, lines + at, inside))
+            tl.store(history_ptr + at, kept, mask=inside)
         exponent += moved
         scaling *= tl.exp2(-moved)
     tl.store(exponent_ptr + lines + at, exponent, mask=inside)
@@ -338,13 +365,13 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
-    weights_ptr, exponent_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
+    weights_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
     history_ptr, N, M, P, num_iters, scale: tl.float64, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 
-    A history [B, 2 + kept (N + M)] begins with what poisons the item; then log2 of the scalings, of every
-    round or of the last.
+    A history [B, 2 + kept (N + M)] begins with what poisons the item; then the scalings of every round,
+    or of the last, packed and relative to the first exponents.
     """
     item, block, is_rows, index, at = line_block(N, M, BLOCK)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
@@ -369,7 +396,8 @@ def _finish_kernel(
             tl.store(history_ptr + 1, 0.0)
         history_ptr += 2
         if HISTORY == HISTORY_LAST:
-            tl.store(history_ptr + at, logarithm + exponent, mask=inside)
+            kept = pack(scaling, exponent - load_lines(first_ptr, lines + at, inside))
+            tl.store(history_ptr + at, kept, mask=inside)
         else:
             for rest in range(rounds, num_iters):  # of rounds that were not run: zero, not whatever was there
                 tl.store(history_ptr + wide(rest) * (N + M) + at, tl.zeros((BLOCK,), DTYPE), mask=inside)

@@ -2,7 +2,7 @@
 
 Rounds are differentiated in reverse from the history of the scalings, as docs/gradients.md has it (Eq. 4), or the fixed
 point is, by conjugate gradients (Eq. 7): in strips, as in ``streaming.py``. What the rounds add to the gradient of the
-log kernel is made a tile at a time at the end, from the plans of all rounds, ``exp2(L + log_u + log_v)``.
+log kernel is made a tile at a time at the end, from the plans of all rounds.
 
 Letters: B batch, N rows and M columns of an item, D features, T rounds, P strips of an item; *lines* are rows and
 columns, one after the other. Logarithms are to base two.
@@ -14,7 +14,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .rounds import log_scale, token_products
-from .streaming import gather, line_block, load_inverse, load_lines, row_block, similarity_tile, wide
+from .streaming import gather, line_block, load_inverse, load_lines, plan_tile, row_block, similarity_tile, unpack, wide
 
 DETACH = tl.constexpr(0)
 UNROLL = tl.constexpr(1)
@@ -72,6 +72,13 @@ def plan_gradient(
 
 
 @triton.jit
+def load_scalings(ptr, first_ptr, at, inside):
+    """Of a round, whose row of the history this is: numbers, and the logarithms that they are multiplied by."""
+    number, exponent = unpack(tl.load(ptr + at, mask=inside, other=0.0))
+    return number, exponent + tl.load(first_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def log_tile(similarity, live_x, live_y, scale, DTYPE: tl.constexpr):
     high, low = log_scale(scale, DTYPE)
     return tl.where(live_x[:, None] & live_y[None, :], similarity * high + similarity * low, float("-inf"))
@@ -90,7 +97,7 @@ def at_item(ptr, offset):
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _start_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    rounds_ptr, history_ptr, rows_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
+    rounds_ptr, history_ptr, first_ptr, rows_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -103,9 +110,9 @@ def _start_kernel(
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, at_x = start + rows < N, item * (N + M) + start + rows
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
-    history_ptr = history_of(history_ptr, item, num_iters, N, M, MODE)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
     history_ptr += last_round(rounds_ptr, item, MODE) * (N + M)
-    log_u = load_lines(history_ptr, start + rows, in_x)
+    u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
     corner = item * N * M + start * stride_n
     matrix_ptr, grad_plan_ptr = at_item(matrix_ptr, corner), at_item(grad_plan_ptr, corner)
     x_ptr, grad_x_out_ptr = at_item(x_ptr, (item * N + start) * D), at_item(grad_x_out_ptr, (item * N + start) * D)
@@ -121,7 +128,8 @@ def _start_kernel(
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
         L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
-        plan = tl.exp2((L + log_u[:, None]) + load_lines(history_ptr, N + first + columns, in_y)[None, :])
+        v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
+        plan = plan_tile(L, e_u, u, e_v, v)
         grad, from_x, from_y = plan_gradient(
             x_ptr, at_item(y_ptr, step), grad_x_out_ptr, at_item(grad_y_out_ptr, step), at_item(grad_plan_ptr, first),
             inverse(a), inverse(b), a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION,
@@ -192,8 +200,8 @@ def _started_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters", "t"])
 def _adjoint_strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, rounds_ptr, history_ptr, start_ptr, sums_ptr, pull_ptr,
-    total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, sums_ptr,
+    pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): what a strip can do of a product with the plan by rows, then by columns.
@@ -208,7 +216,7 @@ def _adjoint_strip_kernel(
     MODE: tl.constexpr = UNROLL if PHASE == ROUND else IMPLICIT
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, at_x = start + rows < N, item * (N + M) + start + rows
-    history_ptr = history_of(history_ptr, item, num_iters, N, M, MODE)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
     rounds = num_iters
     if PHASE == ROUND:
         rounds = tl.load(rounds_ptr + item)
@@ -222,7 +230,7 @@ def _adjoint_strip_kernel(
         if tl.load(done_ptr + item) != 0:
             return
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
-    log_u = load_lines(history_ptr, start + rows, in_x)
+    u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
     matrix_ptr, x_ptr = at_item(matrix_ptr, item * N * M + start * stride_n), at_item(x_ptr, (item * N + start) * D)
     y_ptr = at_item(y_ptr, item * M * D)
 
@@ -236,9 +244,11 @@ def _adjoint_strip_kernel(
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
-            plan = tl.exp2((L + log_u[:, None]) + load_lines(history_ptr, N + first + columns, in_y)[None, :])
-            sums += plan * load_lines(pull_ptr, first + columns, in_y)[None, :]
-    product = tl.sum(sums, 1)
+            v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
+            sums += (
+                tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (v * load_lines(pull_ptr, first + columns, in_y))[None, :]
+            )
+    product = u * tl.sum(sums, 1)
     if PHASE == ROUND:
         if t == rounds - 1:
             grad = load_lines(start_ptr, at_x, in_x) - product
@@ -265,20 +275,21 @@ def _adjoint_strip_kernel(
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
-            if PHASE == ROUND:
-                log_v = log_v_before(history_ptr, t, first + columns, N, M, BLOCK_M, DTYPE)
+            if PHASE == ROUND:  # what the columns had before the round
+                v, e_v = load_before(history_ptr, first_ptr, t, N + first + columns, in_y, N + M)
             else:
-                log_v = load_lines(history_ptr, N + first + columns, in_y)
-            plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
-            tl.store(part_ptr + first + columns, tl.sum(plan * pulled[:, None], 0), mask=in_y)
+                v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
+            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (u * pulled)[:, None], 0)
+            tl.store(part_ptr + first + columns, found, mask=in_y)
 
 
 @triton.jit
-def log_v_before(history_ptr, t, columns, N, M, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """What the columns had before round t, whose row of the history this is; before the first, v is one."""
-    before = tl.where(t == 0, 0, 1)
-    log_v = tl.load(history_ptr - before * (N + M) + N + columns, mask=columns < M * before, other=0.0)
-    return log_v
+def load_before(history_ptr, first_ptr, t, at, inside, lines):
+    """The same of the round before round t, whose row of the history this is; before the first they are one."""
+    before = tl.where(t == 0, 0, lines)
+    inside = inside & (at < before)
+    number, exponent = unpack(tl.load(history_ptr - before + at, mask=inside, other=1.0))
+    return number, exponent + tl.load(first_ptr + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters", "t"])
@@ -369,8 +380,8 @@ def _gradients_kernel(
 
 @triton.jit
 def matrix_gradient(
-    L, grad_plan, history_ptr, pull_ptr, total_ptr, rounds, num_iters, at_rows, at_columns, in_x, in_y, N, M, poison,
-    scale, SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
+    L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, at_rows, at_columns, in_x, in_y, N, M, poison, scale,
+    SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of the similarity or cost [BLOCK_N, BLOCK_M], and the tile of the plan.
 
@@ -379,8 +390,9 @@ def matrix_gradient(
     """
     last = tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0
     end = history_ptr + wide(last) * (N + M)
-    log_u, log_v = load_lines(end, at_rows, in_x), load_lines(end, at_columns, in_y)
-    plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+    u, e_u = load_scalings(end, first_ptr, at_rows, in_x)
+    v, e_v = load_scalings(end, first_ptr, at_columns, in_y)
+    plan = plan_tile(L, e_u, u, e_v, v)
     grad = tl.zeros_like(plan)
     if MODE != DETACH:
         grad = grad_plan * plan
@@ -391,25 +403,24 @@ def matrix_gradient(
         for back in range(0, rounds):
             t = rounds - 1 - back
             now, pulled = history_ptr + wide(t) * (N + M), pull_ptr + wide(t) * (N + M)
-            before = tl.where(t == 0, 0, N + M)  # the first round found ones
-            log_u, log_v = load_lines(now, at_rows, in_x), load_lines(now, at_columns, in_y)
+            u, e_u = load_scalings(now, first_ptr, at_rows, in_x)
+            v, e_v = load_scalings(now, first_ptr, at_columns, in_y)
             pull_x, pull_y = load_lines(pulled, at_rows, in_x), load_lines(pulled, at_columns, in_y)
-            now -= before
             if SWAPPED:  # rows of the tile are what was last updated
-                old = tl.load(now + at_rows, mask=in_x & (at_rows < before), other=0.0)
-                grad -= tl.exp2((L + log_u[:, None]) + log_v[None, :]) * pull_x[:, None]
-                grad -= tl.exp2((L + old[:, None]) + log_v[None, :]) * pull_y[None, :]
+                grad -= plan_tile(L, e_u, u * pull_x, e_v, v)
+                u, e_u = load_before(now, first_ptr, t, at_rows, in_x, N + M)
+                grad -= plan_tile(L, e_u, u, e_v, v * pull_y)
             else:
-                old = tl.load(now + at_columns, mask=in_y & (at_columns < before), other=0.0)
-                grad -= tl.exp2((L + log_u[:, None]) + log_v[None, :]) * pull_y[None, :]
-                grad -= tl.exp2((L + log_u[:, None]) + old[None, :]) * pull_x[:, None]
+                grad -= plan_tile(L, e_u, u, e_v, v * pull_y)
+                v, e_v = load_before(now, first_ptr, t, at_columns, in_y, N + M)
+                grad -= plan_tile(L, e_u, u * pull_x, e_v, v)
     return grad * tl.full((), scale, tl.float64).to(DTYPE) + poison, plan
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _matrix_gradient_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    rounds_ptr, history_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
+    rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -433,11 +444,11 @@ def _matrix_gradient_kernel(
         x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, at_item(grad_plan_ptr, corner), inverse(a), inverse(b),
         a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
-    history_ptr = history_of(history_ptr, item, num_iters, N, M, MODE)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
     grad, _ = matrix_gradient(
-        log_tile(similarity, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr,
+        log_tile(similarity, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
         at_item(pull_ptr, item * num_iters * (N + M)), at_item(total_ptr, item * (N + M)), tl.load(rounds_ptr + item),
-        num_iters, start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
+        start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
         False, MODE, DTYPE,
     )  # fmt: skip
     tl.store(grad_ptr + corner + at, grad.to(grad_ptr.dtype.element_ty), mask=in_x[:, None] & in_y[None, :])
@@ -446,7 +457,7 @@ def _matrix_gradient_kernel(
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _pull_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    grad_similarity_ptr, rounds_ptr, history_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
+    grad_similarity_ptr, rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
     N, M, D, stride_n, stride_m, at_rows, at_columns, scale: tl.float64, num_iters,
     SWAPPED: tl.constexpr, COSINE: tl.constexpr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -470,7 +481,7 @@ def _pull_kernel(
     x_ptr, grad_x_out_ptr = x_ptr + (item * N + start) * D, at_item(grad_x_out_ptr, (item * N + start) * D)
     y_ptr, grad_y_out_ptr = y_ptr + item * M * D, at_item(grad_y_out_ptr, item * M * D)
     rounds = tl.load(rounds_ptr + item)
-    history_ptr = history_of(history_ptr, item, num_iters, N, M, MODE)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
     poison = tl.load(history_ptr - 2)
     pull_ptr, total_ptr = at_item(pull_ptr, item * num_iters * (N + M)), at_item(total_ptr, lines)
     grad_x, weighed = tl.zeros((BLOCK_N, BLOCK_F), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
@@ -495,12 +506,14 @@ def _pull_kernel(
                     BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
                 )  # fmt: skip
             grad, plan = matrix_gradient(
-                L, grad_plan, history_ptr, pull_ptr, total_ptr, rounds, num_iters, line_x, line_y, in_x, in_y,
-                N, M, poison, scale, SWAPPED, MODE, DTYPE,
+                L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, line_x, line_y, in_x, in_y, N, M,
+                poison, scale, SWAPPED, MODE, DTYPE,
             )  # fmt: skip
         else:
             end = history_ptr + wide(tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0) * (N + M)
-            plan = tl.exp2((L + load_lines(end, line_x, in_x)[:, None]) + load_lines(end, line_y, in_y)[None, :])
+            u, e_u = load_scalings(end, first_ptr, line_x, in_x)
+            v, e_v = load_scalings(end, first_ptr, line_y, in_y)
+            plan = plan_tile(L, e_u, u, e_v, v)
             grad = tl.load(grad_ptr + along + at, mask=live, other=0.0)
         if grad_similarity_ptr is not None:
             grad += tl.load(grad_similarity_ptr + along + at, mask=live, other=0.0).to(DTYPE)

@@ -113,8 +113,10 @@ def launch_attend(
     if B == 0:
         return outputs
     if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:  # tokens, even without features
-        options = num_iters, tol, _history(grad, history), path is Path.STORED, _precision(dtype)
-        launch_attend_large(x, y, a, b, cosine, barycentric, scale, *options, *outputs[:4], outputs[4:])
+        launch_attend_large(
+            x, y, a, b, cosine, barycentric, scale, num_iters, tol, _history(grad, history), path is Path.STORED,
+            _precision(dtype), *outputs[:2], outputs[2], outputs[3], outputs[4:],
+        )  # fmt: skip
         return outputs
     shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)
     blocks = _blocks("forward", dtype, tile_side(N), tile_side(M), device)
@@ -170,8 +172,10 @@ def launch_attend_backward(
     if B == 0:
         return gradients
     if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:
-        options = num_iters, grad, path is Path.STORED, _precision(x.dtype), contiguous(rounds, history)
-        launch_attend_large_backward(x, y, a, b, cosine, barycentric, scale, *options, sent(*grads), gradients)
+        launch_attend_large_backward(
+            x, y, a, b, cosine, barycentric, scale, num_iters, grad, path is Path.STORED, _precision(x.dtype),
+            contiguous(rounds, history), sent(*grads), gradients,
+        )  # fmt: skip
         return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     blocks = _blocks("backward", x.dtype, tile_side(N), tile_side(M), x.device)

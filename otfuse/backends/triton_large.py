@@ -115,8 +115,8 @@ class Solve:
         return (self.B * (-(-self.N // LINES) - (-self.M // LINES)),)
 
     def _weigh(self) -> None:
-        arguments = self.a, self.b, self.weights, self.items, self.N, self.M
-        self.launch(_kernels()._weights_kernel, (self.B,), arguments, {"BLOCK": 1024, "num_warps": 4})
+        passed = self.a, self.b, self.weights, self.items, self.N, self.M
+        self.launch(_kernels()._weights_kernel, (self.B,), passed, {"BLOCK": 1024, "num_warps": 4})
         if self.inverse is None:
             return
         sides = (self.x, self.N, self.M, 0), (self.y, self.M, self.N, self.N)
@@ -131,7 +131,7 @@ class Solve:
             return self.x, self.y, None, self.inverse, self.weights
         return None, None, self.matrix, None, self.weights
 
-    def constants(self, source: str | None = None, **more: Any) -> dict[str, Any]:
+    def constants(self, source: Any = None, **more: Any) -> dict[str, Any]:
         sides = (blocks_of(source, self.tokens) if source else self.blocks())._asdict()
         options = {name: sides.pop(name) for name in ("num_warps", "num_stages")}
         return {**more, "PRECISION": self.precision, **sides, **options}
@@ -151,34 +151,46 @@ class Solve:
         self.matrices(None, similarity)
         self.matrix = similarity
 
+    def start(self, history: Tensor | None = None, rounds: Tensor | None = None) -> None:
+        """The first exponents, and room for what the strips of an item find."""
+        self.P = -(-self.N // self.blocks().BLOCK_N)
+        self.part, self.found = self.new(self.B, self.P, self.M), self.new(self.B, self.P)
+        self.new_u, self.first = self.new(self.B, self.N), self.new(self.B, self.N + self.M)
+        self.stopped = self.new(self.B, dtype=torch.int32)
+        self.rounds_run = self.new(self.B, dtype=torch.int32) if rounds is None else rounds
+        self.history = history
+        self.strip(-1, FIRST=True, LAST=False)
+        self.gather(-1, 0, -1.0, FIRST=True, HISTORY=0)
+
+    def strip(self, t: int, **phase: bool) -> None:
+        arguments = (
+            *self.source(), self.exponent, self.scaling, self.new_u, self.part, self.found, self.stopped,
+            self.N, self.M, self.D, self.M, self.scale, t,
+        )  # fmt: skip
+        self.launch(_kernels()._strip_kernel, (self.B * self.P,), arguments, self.constants(**phase))
+
+    def gather(self, t: int, num_iters: int, tol: float, FIRST: bool, HISTORY: int) -> None:
+        arguments = (
+            self.weights, self.exponent, self.first, self.scaling, self.new_u, self.part, self.found, self.items,
+            self.stopped, self.rounds_run, self.history, self.N, self.M, self.P, t, num_iters, tol,
+        )  # fmt: skip
+        constants = {"FIRST": FIRST, "STOPS": tol > 0, "HISTORY": HISTORY, "BLOCK": LINES, "num_warps": 4}
+        self.launch(_kernels()._gather_kernel, self.line_programs(), arguments, constants)
+
     def rounds(self, num_iters: int, tol: float, solution: Sequence[Tensor], keep: int) -> None:
         """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
         f, g, error, rounds, history = solution
-        history = history if keep else None
-        constants = self.constants()
-        P = -(-self.N // constants["BLOCK_N"])
-        part, found, new_u = self.new(self.B, P, self.M), self.new(self.B, P), self.new(self.B, self.N)
-        stopped = self.new(self.B, dtype=torch.int32)
-        strip = (
-            *self.source(), self.exponent, self.scaling, new_u, part, found, stopped,
-            self.N, self.M, self.D, P, self.M, self.scale,
-        )  # fmt: skip
-        gathered = (
-            self.weights, self.exponent, self.scaling, new_u, part, found, self.items, stopped, rounds, history,
-            self.N, self.M, P,
-        )  # fmt: skip
-        lines = {"BLOCK": LINES, "num_warps": 4}
-        for t in range(-1, num_iters + 1):  # the first launch looks at the range, the last at what the rows lack
-            phase = {"FIRST": t < 0, "LAST": t == num_iters}
-            self.launch(_kernels()._strip_kernel, (self.B * P,), (*strip, t), self.constants(**phase))
-            if t < num_iters:
-                options = {"FIRST": t < 0, "STOPS": tol > 0, "HISTORY": keep, **lines}
-                self.launch(_kernels()._gather_kernel, self.line_programs(), (*gathered, t, num_iters, tol), options)
+        self.start(history if keep else None, rounds)
+        for t in range(num_iters):
+            self.strip(t, FIRST=False, LAST=False)
+            self.gather(t, num_iters, tol, FIRST=False, HISTORY=keep)
+        self.strip(num_iters, FIRST=False, LAST=True)  # what the rows lack now
         arguments = (
-            self.weights, self.exponent, self.scaling, found, self.items, f, g, error, rounds, history,
-            self.N, self.M, P, num_iters, self.scale,
+            self.weights, self.exponent, self.first, self.scaling, self.found, self.items, f, g, error, rounds,
+            self.history, self.N, self.M, self.P, num_iters, self.scale,
         )  # fmt: skip
-        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, {"HISTORY": keep, **lines})
+        constants = {"HISTORY": keep, "BLOCK": LINES, "num_warps": 4}
+        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, constants)
 
     def attend(self, barycentric: bool, x_out: Tensor, y_out: Tensor) -> None:
         N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
@@ -211,15 +223,15 @@ def launch_attend_large(
 ) -> None:  # fmt: skip
     """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous, the device current.
 
-    ``stored``: the similarity is made once and read in every round, as it is wherever it is asked for. ``keep`` is
-    streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL.
+    ``stored``: the similarity is made once and read in every round. ``keep`` is streaming.HISTORY_NONE,
+    HISTORY_LAST or HISTORY_ALL.
     """
     with on(x.device):
         solve = Solve(x, y, None, a, b, cosine, scale, precision)
-        if similarity.numel():
-            solve.store(similarity)
-        elif stored:
-            solve.store(solve.new(solve.B, solve.N, solve.M))
+        if stored:
+            solve.store(similarity if similarity.numel() else solve.new(solve.B, solve.N, solve.M))
+        elif similarity.numel():
+            solve.matrices(None, similarity)
         solve.rounds(num_iters, tol, solution, keep)
         if plan.numel():
             solve.matrices(plan, None)
@@ -245,7 +257,7 @@ class Adjoint(Solve):
         """``problem``: as for Solve; ``grads``: of x, y, plan, similarity, f, g, None where there is none."""
         super().__init__(*problem)
         self.barycentric, self.mode, self.num_iters = barycentric, mode, num_iters
-        self.num_rounds, self.history = kept
+        self.kept = kept  # rounds and history
         self.grad_x, self.grad_y, self.grad_plan, self.grad_similarity, self.grad_f, self.grad_g = grads
         self.total = self.new(self.B, self.N + self.M) if mode != DETACH else None
         self.pull = self.new(self.B, num_iters, self.N + self.M) if mode == UNROLL else None
@@ -264,6 +276,7 @@ class Adjoint(Solve):
 
     def solve(self) -> None:
         """All that ends in ``total``, ``pull`` and ``attended``."""
+        self.start()  # a history is relative to the first exponents, which come out as they did in the forward
         if self.mode == DETACH and not self.barycentric:
             return
         B, N, M, kinds = self.B, self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1
@@ -272,12 +285,12 @@ class Adjoint(Solve):
         rows, part = self.new(kinds, B, N), self.new(kinds, B, P, M)
         start, sums = self.new(B, N + M), self.new(B, N + M) if self.mode == IMPLICIT else None
         arguments = (
-            *self.tokens_and_gradients(), self.num_rounds, self.history, rows, part,
+            *self.tokens_and_gradients(), *self.kept, self.first, rows, part,
             N, M, self.D, M, self.scale, self.num_iters,
         )  # fmt: skip
         self.launch(_backward()._start_kernel, (B * P,), arguments, constants)
         arguments = (
-            self.weights, self.grad_f, self.grad_g, self.num_rounds, rows, part, start, self.attended, sums, self.pull,
+            self.weights, self.grad_f, self.grad_g, self.kept[0], rows, part, start, self.attended, sums, self.pull,
             self.total, N, M, P, self.scale, self.num_iters,
         )  # fmt: skip
         constants = {**self.modes(), "BLOCK": LINES, "num_warps": 4}
@@ -287,49 +300,47 @@ class Adjoint(Solve):
         elif self.mode == IMPLICIT:
             self.implicit(start, sums)
 
-    def strip(self, phase: int, t: int, start: Tensor, sums: Any, pull: Any, done: Any, part: Tensor) -> None:
+    def adjoint_strip(self, phase: int, t: int, start: Tensor, sums: Any, pull: Any, done: Any) -> None:
         arguments = (
-            *self.source(), self.num_rounds, self.history, start, sums, pull, self.total, done, part,
+            *self.source(), *self.kept, self.first, start, sums, pull, self.total, done, self.part,
             self.N, self.M, self.D, self.M, self.scale, self.num_iters, t,
         )  # fmt: skip
         programs = (self.row_programs(self.blocks().BLOCK_N),)
         self.launch(_backward()._adjoint_strip_kernel, programs, arguments, self.constants(PHASE=phase))
 
     def unroll(self, start: Tensor) -> None:
-        P = -(-self.N // self.blocks().BLOCK_N)
-        part = self.new(self.B, P, self.M)
         for t in reversed(range(self.num_iters)):
-            self.strip(ROUND, t, start, None, self.pull, None, part)
+            self.adjoint_strip(ROUND, t, start, None, self.pull, None)
             if t:
                 arguments = (
-                    self.weights, self.num_rounds, part, self.pull, self.total, self.N, self.M, P, self.num_iters, t,
+                    self.weights, self.kept[0], self.part, self.pull, self.total,
+                    self.N, self.M, self.P, self.num_iters, t,
                 )  # fmt: skip
                 programs = (self.B * -(-self.M // LINES),)
                 constants = {"BLOCK": LINES, "num_warps": 4}
                 self.launch(_backward()._adjoint_gather_kernel, programs, arguments, constants)
 
     def implicit(self, start: Tensor, sums: Any) -> None:
-        P = -(-self.N // self.blocks().BLOCK_N)
-        part, numbers = self.new(self.B, P, self.M), self.new(self.B, 4)
+        numbers = self.new(self.B, 4)
         mapped, residual, direction = (self.new(self.B, self.M) for _ in range(3))
         done = self.new(self.B, dtype=torch.int32)
         arguments = (
-            start, sums, part, mapped, residual, direction, self.total, numbers, done, self.N, self.M, P,
+            start, sums, self.part, mapped, residual, direction, self.total, numbers, done, self.N, self.M, self.P,
         )  # fmt: skip
         for step in range(1 + num_steps(self.M, self.num_iters)):
-            self.strip(STEP if step else START, 0, start, sums, direction, done, part)
+            self.adjoint_strip(STEP if step else START, 0, start, sums, direction, done)
             constants = {"FIRST": step == 0, "BLOCK": LINES, "num_warps": 4}
             self.launch(_backward()._gradients_kernel, (self.B,), arguments, constants)
         # The answer of the columns, in an array of its own.
         mu = self.total[:, self.N :].contiguous()  # type: ignore[index]
-        self.strip(END, 0, start, sums, mu, done, part)
+        self.adjoint_strip(END, 0, start, sums, mu, done)
 
     def matrix_gradient(self, grad: Tensor) -> None:
         """Writes the gradient of the similarity or the cost [B, N, M]."""
         constants = self.constants(self.meeting(), **self.modes())
         programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
         arguments = (
-            *self.tokens_and_gradients(), self.num_rounds, self.history, self.pull, self.total, grad,
+            *self.tokens_and_gradients(), *self.kept, self.first, self.pull, self.total, grad,
             self.N, self.M, self.D, self.M, self.scale, self.num_iters,
         )  # fmt: skip
         self.launch(_backward()._matrix_gradient_kernel, programs, arguments, constants)
@@ -348,7 +359,7 @@ class Adjoint(Solve):
             )  # fmt: skip
             arguments = (
                 x, y, matrix, self.inverse, weights, grad_x, grad_y, self.grad_plan, self.grad_similarity,
-                self.num_rounds, self.history, self.pull, self.total, grad, out,
+                *self.kept, self.first, self.pull, self.total, grad, out,
                 rows, columns, self.D, *strides, *places, self.scale, self.num_iters,
             )  # fmt: skip
             programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
@@ -361,7 +372,7 @@ class Adjoint(Solve):
             if grad is None:
                 continue
             arguments = (
-                self.weights, self.items, self.history, self.total, self.attended, grad,
+                self.weights, self.items, self.kept[1], self.total, self.attended, grad,
                 size, other, first, which, self.num_iters,
             )  # fmt: skip
             constants = {"MODE": self.mode, "BLOCK": 1024, "num_warps": 4}
