@@ -281,8 +281,8 @@ def sum_found(found_ptr, item, P, DTYPE: tl.constexpr):
 
 @triton.jit
 def pack(scaling, exponent):
-    """``scaling 2^exponent`` as one number: itself; or, beyond 2^±WRITTEN, minus its logarithm, and one over that if it is
-    negative. Zero at padding."""
+    """``scaling 2^exponent`` as one number: itself; or, beyond 2^±WRITTEN, minus its logarithm, and one over that where
+    it is negative. Zero at padding."""
     logarithm = log_weights(scaling) + exponent
     beyond = tl.abs(logarithm) > WRITTEN
     written = tl.where(logarithm > 0, -logarithm, 1.0 / tl.where(beyond, logarithm, 1.0))

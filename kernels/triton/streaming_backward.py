@@ -167,8 +167,7 @@ def _started_kernel(
     unit = (1.0 / tl.abs(tl.full((), scale, tl.float64))).to(DTYPE)  # f = log(u) / |scale|
     weights = load_lines(weights_ptr, lines + at, inside)
     for kind in tl.static_range(3):
-        wanted: tl.constexpr = kind == 0 or (BARYCENTRIC if kind == 1 else MODE == IMPLICIT)
-        if wanted:
+        if kind == 0 or (kind == 1 and BARYCENTRIC) or (kind == 2 and MODE == IMPLICIT):
             if is_rows:
                 found = load_lines(rows_ptr, kind * wide(B) * N + item * N + index, inside)
             else:
@@ -380,8 +379,8 @@ def _gradients_kernel(
 
 @triton.jit
 def matrix_gradient(
-    L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, at_rows, at_columns, in_x, in_y, N, M, poison, scale,
-    SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
+    L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, at_rows, at_columns, in_x, in_y, N, M, poison,
+    scale, SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of the similarity or cost [BLOCK_N, BLOCK_M], and the tile of the plan.
 

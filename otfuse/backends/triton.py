@@ -115,7 +115,7 @@ def launch_attend(
     if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:  # tokens, even without features
         launch_attend_large(
             x, y, a, b, cosine, barycentric, scale, num_iters, tol, _history(grad, history), path is Path.STORED,
-            _precision(dtype), *outputs[:2], outputs[2], outputs[3], outputs[4:],
+            _precision(dtype), outputs[0], outputs[1], outputs[2], outputs[3], outputs[4:],
         )  # fmt: skip
         return outputs
     shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)

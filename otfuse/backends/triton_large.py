@@ -21,20 +21,20 @@ from otfuse.backends._triton_launch import launch, on, wanted
 from otfuse.fused_ops import DETACH, IMPLICIT, UNROLL
 
 LINES = 256  # of an item, to a program that does not look at the matrix
+WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
 
-# BLOCK_N, BLOCK_M, num_warps, num_stages by where tiles come from and bytes of a number of the solve. A strip is read
-# twice in a round, the second time from the L2 cache if the strips under way fit there: 16 rows of 4096 columns in
-# float32 are 256 KiB, which 132 multiprocessors have 34 MB of. Tiles of tokens are large, for the tensor cores.
+# BLOCK_N, BLOCK_M, num_warps, num_stages by where tiles come from, or what is done with them, and bytes of a number of
+# the tokens or cost. A strip is read twice in a round, the second time from the L2 cache if the strips under way fit
+# there: 16 rows of 4096 columns in float32 are 256 KiB, which 132 multiprocessors have 34 MB of. Tiles of tokens are
+# large, for the tensor cores, which also multiply plans ("attend") and what comes back ("gradient").
 BLOCKS = {
-    ("matrix", 4): (16, 256, 4, 2),
-    ("matrix", 8): (16, 128, 4, 2),
-    ("tokens", 4): (64, 64, 8, 2),
-    ("tokens", 8): (32, 32, 8, 2),
-    ("gradient", 4): (32, 32, 4, 1),
-    ("gradient", 8): (16, 16, 4, 1),
+    "matrix": {2: (16, 256, 4, 2), 4: (16, 256, 4, 2), 8: (16, 128, 4, 2)},
+    "tokens": {2: (64, 64, 8, 2), 4: (64, 64, 8, 2), 8: (32, 32, 8, 2)},
+    "attend": {2: (64, 64, 8, 2), 4: (32, 32, 4, 2), 8: (16, 32, 4, 2)},
+    "gradient": {2: (32, 32, 4, 1), 4: (32, 32, 4, 1), 8: (16, 16, 4, 1)},
 }
-FEATURES = {1: 64, 2: 64, 4: 32, 8: 16}  # BLOCK_D, by bytes of a number of the tokens
-ATTENDED = {1: 64, 2: 64, 4: 64, 8: 32}  # BLOCK_F: features that a program attends to
+FEATURES = {2: 64, 4: 32, 8: 16}  # BLOCK_D, by bytes of a number of the tokens
+ATTENDED = {2: 64, 4: 64, 8: 32}  # BLOCK_F: features that a program attends to
 
 
 class Blocks(NamedTuple):
@@ -48,8 +48,8 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(source: str, values: torch.dtype) -> Blocks:
-    """``source``: "matrix", "tokens", or "gradient" where tokens meet gradients; ``values``: what they are of."""
-    BLOCK_N, BLOCK_M, num_warps, num_stages = BLOCKS[source, 8 if values == torch.float64 else 4]
+    """``source``: of BLOCKS; ``values``: what the tokens, or the cost, are of."""
+    BLOCK_N, BLOCK_M, num_warps, num_stages = BLOCKS[source][values.itemsize]
     return Blocks(BLOCK_N, BLOCK_M, FEATURES[values.itemsize], num_warps, num_stages)
 
 
@@ -116,7 +116,7 @@ class Solve:
 
     def _weigh(self) -> None:
         passed = self.a, self.b, self.weights, self.items, self.N, self.M
-        self.launch(_kernels()._weights_kernel, (self.B,), passed, {"BLOCK": 1024, "num_warps": 4})
+        self.launch(_kernels()._weights_kernel, (self.B,), passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
         if self.inverse is None:
             return
         sides = (self.x, self.N, self.M, 0), (self.y, self.M, self.N, self.N)
@@ -201,7 +201,7 @@ class Solve:
         )
         for x, y, out, rows, columns, strides, places in sides:
             # Tensor cores multiply, wherever the plan comes from.
-            constants = with_features(self.constants("tokens", BARYCENTRIC=barycentric), width)
+            constants = with_features(self.constants("attend", BARYCENTRIC=barycentric), width)
             programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
             arguments = (
                 x, y, matrix, inverse, weights, self.exponent, self.scaling, self.items, out,
@@ -375,7 +375,7 @@ class Adjoint(Solve):
                 self.weights, self.items, self.kept[1], self.total, self.attended, grad,
                 size, other, first, which, self.num_iters,
             )  # fmt: skip
-            constants = {"MODE": self.mode, "BLOCK": 1024, "num_warps": 4}
+            constants = {"MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
             self.launch(_backward()._weight_gradient_kernel, (self.B,), arguments, constants)
 
 
