@@ -94,10 +94,12 @@ def test_known_answers(on_path, device):
     """A single token gets all weights; zero on a permutation and one elsewhere is solved in closed form."""
     on_path(Path.STORED)
     b = weights(0, 2, M, torch.float64).to(device)
-    out = otfuse.sinkhorn(torch.rand(2, 1, M, dtype=torch.float64, device=device), 0.01, b=b, backend="triton")
+    out = otfuse.sinkhorn(
+        torch.rand(2, 1, M, dtype=torch.float64, device=device), 0.01, b=b, num_iters=2, backend="triton"
+    )
     torch.testing.assert_close(out.plan[:, 0], b / b.sum(1, keepdim=True))
     match = torch.eye(N, dtype=torch.float64, device=device).roll(3, 0)
-    for epsilon in (0.5, 0.002):  # exp(-1 / 0.002) is below what float64 holds
+    for epsilon in (0.5, 0.001):  # exp(-1 / 0.001) is below what float64 holds
         plan = otfuse.sinkhorn((1 - match)[None], epsilon, num_iters=3, backend="triton").plan[0]
         off = float(torch.exp(torch.tensor(-1 / epsilon, dtype=torch.float64)))
         torch.testing.assert_close(plan, (match + off * (1 - match)) / (N * (1 + (N - 1) * off)))
@@ -131,7 +133,7 @@ def gradients(x, y, a, b, epsilon, how, grad, num_iters):
     (Path.RECOMPUTED, torch.float32, "unroll", 0.005),
     (Path.RECOMPUTED, torch.float64, "unroll", 0.1),
     (Path.STORED, torch.float64, "implicit", 0.2),
-    (Path.RECOMPUTED, torch.float32, "implicit", 0.2),
+    (Path.RECOMPUTED, torch.float64, "implicit", 0.2),
     (Path.RECOMPUTED, torch.float64, "detach", 0.1),
     (Path.STORED, torch.float32, "detach", 0.1),
 ])  # fmt: skip
@@ -182,14 +184,14 @@ def test_an_item_is_the_same_alone_and_nan_stays_in_its_item(on_path, device, pa
 
     def solve(x, y):
         x = x.clone().requires_grad_()
-        out = otfuse.sinkhorn_attend(x, y, num_iters=4, tol=1e-3, backend="triton")
+        out = otfuse.sinkhorn_attend(x, y, num_iters=2, tol=1e-3, backend="triton")
         return (*(out[:2]), *out[3:], *torch.autograd.grad(out.x.square().sum() + out.y.sum(), x))
 
     for together, alone in zip(solve(x, y), solve(x[1:2], y[1:2])):
         assert torch.equal(together[1:2], alone)
         assert together[0].isnan().all() or together.dtype == torch.int32
         assert not together[1:].isnan().any()
-    assert solve(x, y)[5].tolist() == [4, 4, 1]
+    assert solve(x, y)[5].tolist() == [2, 2, 1]
 
 
 class Made(TorchDispatchMode):
@@ -219,7 +221,7 @@ def launches(monkeypatch):
 
 
 def run(side, D, dtype, path, grad, num_iters=50):
-    """Forward, then backward, as the launchers are called for one item of side²: bytes made beyond outputs, and shapes."""
+    """What forward and backward of one item of side² make beyond outputs: all bytes, and shapes."""
     x = torch.empty(1, side, D, dtype=dtype, device="meta")
     outputs = fused_ops.new_attended(x, x, False, False)
     solution = fused_ops.new_solution(x, side, side, num_iters, MODES[grad], True)
