@@ -17,6 +17,7 @@ from torch import Tensor
 
 from otfuse import attention
 from otfuse.attention import solve_precision
+from otfuse.backends._triton_paths import is_small
 from otfuse.ops import batched, library, no_infinity
 from otfuse.problem import GRADS, Problem
 from otfuse.registration import register_autograd
@@ -66,6 +67,23 @@ def solution_shapes(
     return ((B, N), (B, M), (B,), (B, kept)), (B,)
 
 
+def new_small_solution(cost: Tensor, num_iters: int, grad: int, history: bool) -> tuple[Tensor, ...]:
+    """As ``new_solution``, for many small costs, whose history [B, 2 + kept M] lies items last in memory.
+
+    It holds form and shift as there, and of v alone what a round begins with: all rounds but the first for ``unroll``,
+    the last for the others. A round is made again from that sooner than the rest would be read.
+    """
+    B, N, M = cost.shape
+    kept = small_kept(M, num_iters, grad, history)
+    *solution, last = new_solution(cost, N, M, num_iters, grad, False)
+    return *solution, last.new_empty(kept, B).t()
+
+
+def small_kept(M: int, num_iters: int, grad: int, history: bool) -> int:
+    """Numbers an item in the history of a small cost."""
+    return 2 + (num_iters - 1 if grad == UNROLL else 1) * M if history else 0
+
+
 def new_attended(x: Tensor, y: Tensor, plan: bool, similarity: bool) -> tuple[Tensor, ...]:
     """Room for the outputs of the attends; plan and similarity in the solve dtype, and empty unless wanted."""
     B, N, M = x.shape[0], x.shape[1], y.shape[1]
@@ -102,7 +120,10 @@ def _(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
 ) -> tuple[Tensor, ...]:
     N, M = cost.shape[1:]
-    return cost.new_empty(cost.shape), *new_solution(cost, N, M, num_iters, grad, history)
+    plan = cost.new_empty(cost.shape)
+    if is_small(N, M, 0):
+        return plan, *new_small_solution(cost, num_iters, grad, history)
+    return plan, *new_solution(cost, N, M, num_iters, grad, history)
 
 
 @torch.library.register_fake("otfuse::sinkhorn_triton_backward")

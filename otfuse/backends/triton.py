@@ -27,6 +27,7 @@ from otfuse.backends.triton_large import (
     launch_sinkhorn_large,
     launch_sinkhorn_large_backward,
 )
+from otfuse.backends.triton_small import launch_sinkhorn_small, launch_sinkhorn_small_backward
 from otfuse.fused_ops import MODES, UNROLL
 from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
@@ -194,6 +195,8 @@ def launch_sinkhorn(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
 ) -> tuple[Tensor, ...]:
     B, N, M = cost.shape
+    if path_of(cost, B, N, M, 0) is Path.SMALL:
+        return launch_sinkhorn_small(cost, a, b, scale, num_iters, tol, grad, history)
     cost, a, b = contiguous(cost, a, b)
     models = _solution_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device)
     plan, solution = torch.empty_like(cost), new_like(models)
@@ -218,6 +221,8 @@ def launch_sinkhorn_backward(
     rounds: Tensor, history: Tensor, *grads: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, N, M = cost.shape
+    if path_of(cost, B, N, M, 0) is Path.SMALL:
+        return launch_sinkhorn_small_backward(cost, a, b, scale, num_iters, tol, grad, rounds, history, *grads)
     cost, a, b = contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:

@@ -1,0 +1,289 @@
+"""Many small costs: several items a program, each in the registers of one thread or a few, forward.
+
+Letters: B batch, N rows and M columns of an item, padded to BLOCK_N and BLOCK_M; ITEMS of them in a program. Tiles are
+[BLOCK_N, BLOCK_M, ITEMS], items last: Triton deals the lanes of a warp to the last dimension first, so with 32 items
+to a warp a thread holds an item whole, and no sum of a round crosses threads.
+
+The forms are those of ``rounds.py``, chosen for each item: scalings of one kernel, or logarithms, which here are folded
+into the kernel in every round. A program runs its second form only if an item of its needs it; an item's result comes
+from its own form alone, whatever its neighbours take.
+
+At padding K is one and a scaling zero: no sum is zero but in an item without mass, which is cleared at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from .attend import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE
+from .rounds import LN2, RANGE32, RANGE64, divide, log_scale, log_weights
+
+
+@triton.jit
+def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
+    """Weights [BLOCK, ITEMS] as passed, zero beyond the item, and their sums. None is one each, a mask one or zero."""
+    if ptr is None:
+        weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
+    else:
+        # Negative weights have no transport: NaN, as no exception can be raised here.
+        weights = tl.load(ptr + at, mask=inside, other=0).to(DTYPE)
+        weights = tl.where(weights < 0, float("nan"), weights)
+    return weights, tl.sum(weights, 0)
+
+
+@triton.jit
+def load_marginals(
+    a_ptr, b_ptr, first, left, N, M,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
+    lanes = tl.arange(0, ITEMS)[None, :]
+    rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
+    a, total_a = load_weights(a_ptr, first * N + lanes * N + rows, (rows < N) & (lanes < left), DTYPE)
+    b, total_b = load_weights(b_ptr, first * M + lanes * M + columns, (columns < M) & (lanes < left), DTYPE)
+    has_mass = (total_a != 0) & (total_b != 0)
+    total_a, total_b = tl.where(has_mass, total_a, 1.0), tl.where(has_mass, total_b, 1.0)
+    a = tl.where((a != 0) & has_mass[None, :], a / total_a[None, :], 0.0)
+    b = tl.where((b != 0) & has_mass[None, :], b / total_b[None, :], 0.0)
+    return a, b, total_a, total_b, has_mass
+
+
+@triton.jit
+def entries_at(first, left, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr):
+    """Offsets of the items' entries [BLOCK_N, BLOCK_M, ITEMS], and which of them exist."""
+    rows, columns = tl.arange(0, BLOCK_N)[:, None, None], tl.arange(0, BLOCK_M)[None, :, None]
+    lanes = tl.arange(0, ITEMS)[None, None, :]
+    inside = (rows < N) & (columns < M) & (lanes < left)
+    return first * (N * M) + (lanes * (N * M) + (rows * M + columns)), inside
+
+
+@triton.jit
+def log_kernel(cost_ptr, at, live, scale, DTYPE: tl.constexpr):
+    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN."""
+    high, low = log_scale(scale, DTYPE)
+    cost = tl.load(cost_ptr + at, mask=live, other=0.0).to(DTYPE)
+    poison = tl.sum(tl.sum(cost * 0.0, 1), 0)
+    return tl.where(live, cost * high + cost * low, float("-inf")), poison
+
+
+@triton.jit
+def spread(weights):
+    """Natural logarithm of an item's largest over its smallest weight that is not zero."""
+    largest = tl.max(weights, 0)
+    smallest = tl.min(tl.where(weights == 0, largest[None, :], weights), 0)
+    return tl.log2(largest / smallest) * LN2
+
+
+@triton.jit
+def fits_one_piece(L, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
+    """Which items may be solved in scalings, as rounds.fits_one_piece; those without mass may."""
+    smallest = tl.min(tl.min(tl.where(L == float("-inf"), float("inf"), L), 1), 0)
+    entries = (largest - smallest) * LN2
+    limit = RANGE64 if DTYPE == tl.float64 else RANGE32
+    whole = entries
+    if a_ptr is not None:
+        whole += spread(a)
+    if b_ptr is not None:
+        whole += spread(b)
+    return ((entries <= limit) & (whole <= 1.5 * limit)) | ~has_mass
+
+
+@triton.jit
+def row_sums(K, v):
+    return tl.sum(K * v[None, :, :], 1)
+
+
+@triton.jit
+def column_sums(K, u):
+    return tl.sum(K * u[:, None, :], 0)
+
+
+@triton.jit
+def is_any(items):
+    """Whether a boolean [ITEMS] holds anywhere."""
+    return tl.max(tl.where(items, 1, 0), 0) != 0
+
+
+@triton.jit
+def log_sum(L, AXIS: tl.constexpr):
+    """log2 of the sum of exp2(L) over AXIS; zero where all of it is -inf."""
+    largest = tl.max(L, AXIS)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest + log_weights(tl.sum(tl.exp2(L - tl.expand_dims(largest, AXIS)), AXIS))
+
+
+@triton.jit
+def error_of(u, rows, a):
+    return tl.sum(tl.abs(u * rows - a), 0)
+
+
+@triton.jit
+def store_kept(
+    history_ptr, place, values, items, first, left, B, M, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr
+):  # fmt: skip
+    """Column scalings [BLOCK_M, ITEMS] of these ``items`` into place 0, 1, … of the history [2 + kept M, B]."""
+    columns, lanes = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, ITEMS)[None, :]
+    at = (2 + place * M + columns).to(tl.int64) * B + first + lanes
+    tl.store(history_ptr + at, values, mask=(columns < M) & (lanes < left) & items[None, :])
+
+
+@triton.jit
+def scaling_rounds(
+    K, a, b, active, num_iters, tol, history_ptr, first, left, B, M,
+    STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Rounds in scalings of K: u, v, K v, and the rounds that were run of each item. Keeps v as it is before a round
+    (but the first), of every round or the last, for items that are ``active`` now; the others come to nothing."""
+    kept = active
+    v = tl.where(b == 0, 0.0, 1.0).to(K.dtype)
+    v_before, u = v, tl.zeros_like(a)
+    rows = row_sums(K, v)
+    rounds = tl.zeros((ITEMS,), tl.int32)
+    t, more = 0, num_iters > 0
+    if STOPS:
+        more = more & is_any(active)
+    while more:
+        if HISTORY == HISTORY_ALL:
+            if t > 0:
+                store_kept(history_ptr, t - 1, v, kept, first, left, B, M, BLOCK_M, ITEMS)
+        new_u = divide(a, rows)
+        new_v = divide(b, column_sums(K, new_u))
+        if STOPS:
+            if HISTORY == HISTORY_LAST:
+                v_before = tl.where(active[None, :], v, v_before)
+            u, v = tl.where(active[None, :], new_u, u), tl.where(active[None, :], new_v, v)
+            rounds += tl.where(active, 1, 0)
+        else:
+            if HISTORY == HISTORY_LAST:
+                v_before = v
+            u, v = new_u, new_v
+            rounds += 1
+        rows = row_sums(K, v)
+        t += 1
+        more = t < num_iters
+        if STOPS:
+            active = active & ~(error_of(u, rows, a) < tol)
+            more = more & is_any(active)
+    if HISTORY == HISTORY_LAST:
+        store_kept(history_ptr, 0, v_before, kept, first, left, B, M, BLOCK_M, ITEMS)
+    if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
+        for rest in range(tl.maximum(t, 1), num_iters):
+            store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
+    return u, v, rows, rounds
+
+
+@triton.jit
+def folded(L, live, log_u, log_v, u, b):
+    """K with scalings folded in; v, which makes its columns exact for u; and K v."""
+    K = tl.where(live, tl.exp2((L + log_u[:, None, :]) + log_v[None, :, :]), 1.0)
+    v = divide(b, column_sums(K, u))
+    return K, v, row_sums(K, v)
+
+
+@triton.jit
+def log_rounds(
+    L, live, a, b, active, num_iters, tol, history_ptr, first, left, B, M,
+    STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Rounds in logarithms: plan, log_u, log_v, row sums, and the rounds of each item. Keeps log_v as
+    ``scaling_rounds`` keeps v.
+
+    Every round runs on K with all that went before folded in. What rounding takes from log_u is left in u, and v is
+    made anew of the new K, so that a round's marginals are exact.
+    """
+    kept = active
+    log_u = log_weights(a) - log_sum(L, 1)
+    log_v = log_weights(b) - log_sum(L + log_u[:, None, :], 0)
+    u = tl.where(a == 0, 0.0, 1.0).to(L.dtype)
+    K, v, rows = folded(L, live, log_u, log_v, u, b)
+    log_v_before = tl.zeros_like(log_v)
+    rounds = tl.full((ITEMS,), 1, tl.int32)
+    t, more = 1, num_iters > 1
+    if STOPS:
+        active = active & ~(error_of(u, rows, a) < tol)
+        more = more & is_any(active)
+    while more:
+        whole = log_v + log_weights(v)
+        if HISTORY == HISTORY_ALL:
+            store_kept(history_ptr, t - 1, whole, kept, first, left, B, M, BLOCK_M, ITEMS)
+        log_change = log_weights(divide(a, rows))
+        grown = log_u + log_change
+        new_u = tl.where(a == 0, 0.0, tl.exp2(log_change - (grown - log_u)))
+        new_v = divide(b, column_sums(K, divide(a, rows)))
+        new_log_v = log_v + log_weights(new_v)
+        if HISTORY == HISTORY_LAST:
+            log_v_before = tl.where(active[None, :], whole, log_v_before)
+        if STOPS:
+            log_u, u = tl.where(active[None, :], grown, log_u), tl.where(active[None, :], new_u, u)
+            log_v = tl.where(active[None, :], new_log_v, log_v)
+            rounds += tl.where(active, 1, 0)
+        else:
+            log_u, u, log_v = grown, new_u, new_log_v
+            rounds += 1
+        K, v, rows = folded(L, live, log_u, log_v, u, b)
+        t += 1
+        more = t < num_iters
+        if STOPS:
+            active = active & ~(error_of(u, rows, a) < tol)
+            more = more & is_any(active)
+    if HISTORY == HISTORY_LAST:
+        store_kept(history_ptr, 0, log_v_before, kept, first, left, B, M, BLOCK_M, ITEMS)
+    if STOPS and HISTORY == HISTORY_ALL:
+        for rest in range(t, num_iters):
+            store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
+    return K * u[:, None, :] * v[None, :, :], log_u + log_weights(u), log_v + log_weights(v), u * rows, rounds
+
+
+@triton.jit(do_not_specialize=["B", "N", "M", "num_iters"])
+def _small_fwd_kernel(
+    cost_ptr, a_ptr, b_ptr, plan_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
+    B, N, M, scale: tl.float64, num_iters, tol: tl.float64,
+    EXACT: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Programs (items p ITEMS … (p + 1) ITEMS - 1). EXACT: N and M are BLOCK_N and BLOCK_M, which the compiler is then
+    to know: it reads several entries at once."""
+    DTYPE: tl.constexpr = tl.float64 if cost_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if EXACT:
+        N, M = BLOCK_N, BLOCK_M
+    first = tl.program_id(0).to(tl.int64) * ITEMS
+    left = tl.minimum(B - first, ITEMS).to(tl.int32)
+    lanes = tl.arange(0, ITEMS)
+    a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, first, left, N, M, BLOCK_N, BLOCK_M, ITEMS, DTYPE)
+    at, _ = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+    live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
+    L, poison = log_kernel(cost_ptr, at, live, scale, DTYPE)
+    poison += total_a * 0 + total_b * 0
+    shift = tl.max(tl.max(L, 1), 0)
+    one_piece = fits_one_piece(L, shift, a, b, a_ptr, b_ptr, has_mass, DTYPE)
+    if HISTORY != HISTORY_NONE:
+        tl.store(history_ptr + first + lanes, tl.where(one_piece, 1.0, 0.0), mask=lanes < left)
+        tl.store(history_ptr + B + first + lanes, shift, mask=lanes < left)
+
+    K = tl.where(live, tl.exp2(L - shift[None, None, :]), 1.0)
+    u, v, rows, rounds = scaling_rounds(
+        K, a, b, one_piece & has_mass, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
+    )
+    plan = K * u[:, None, :] * v[None, :, :]
+    log_u, log_v, rows = log_weights(u) - shift[None, :], log_weights(v), u * rows
+    if is_any(~one_piece):
+        # Read again: kept through the rounds, it would cost as many registers as K.
+        at, _ = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+        L, _ = log_kernel(cost_ptr, at, live, scale, DTYPE)
+        other_plan, other_u, other_v, other_rows, other_rounds = log_rounds(
+            L, live, a, b, ~one_piece, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
+        )
+        plan = tl.where(one_piece[None, None, :], plan, other_plan)
+        log_u, log_v = tl.where(one_piece[None, :], log_u, other_u), tl.where(one_piece[None, :], log_v, other_v)
+        rows, rounds = tl.where(one_piece[None, :], rows, other_rows), tl.where(one_piece, rounds, other_rounds)
+
+    unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
+    f = tl.where(a == 0, float("-inf"), log_u * unit) + poison[None, :]
+    g = tl.where(b == 0, float("-inf"), log_v * unit) + poison[None, :]
+    n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
+    tl.store(f_ptr + first * N + (lanes[None, :] * N + n), f, mask=(n < N) & (lanes < left)[None, :])
+    tl.store(g_ptr + first * M + (lanes[None, :] * M + m), g, mask=(m < M) & (lanes < left)[None, :])
+    error = tl.where(has_mass, tl.sum(tl.abs(rows - a), 0), 0.0) + poison
+    tl.store(error_ptr + first + lanes, error, mask=lanes < left)
+    tl.store(rounds_ptr + first + lanes, tl.where(has_mass, rounds, 0), mask=lanes < left)
+    at, inside = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+    tl.store(plan_ptr + at, tl.where(live, plan, 0.0) + poison[None, None, :], mask=inside)
