@@ -21,11 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
+from otfuse.backends.triton_large import ATTENDED, LINES, WHOLE_LINES, blocks_of
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 RESOURCES = KERNELS / "resources.json"
@@ -77,6 +79,102 @@ _FORWARD = ("attend", "_attend_fwd_kernel", "forward")
 _BACKWARD = ("attend_backward", "_attend_bwd_kernel", "backward")
 _LOSS = {"ASSIGNMENT": 0, "CONTRAST": 0, "MEAN": True, "PRECISION": "ieee"}
 
+# Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": triton_large.blocks_of) is what is configured.
+_FORWARD_STRIP = ("streaming", "_strip_kernel")
+_TOKEN_STRIP = {"FIRST": False, "LAST": False, "PRECISION": "ieee"}
+_STATE = "weights_ptr exponent_ptr scaling_ptr "
+_FOUND = "new_u_ptr part_ptr found_ptr "
+_ADJOINT = "weights_ptr history_ptr first_ptr start_ptr sums_ptr pull_ptr total_ptr part_ptr "
+_MEETING = "weights_ptr history_ptr first_ptr "
+_UNROLLED = {"MODE": 1, "BARYCENTRIC": True, "PRECISION": "ieee"}
+_SENT = "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr "
+
+STREAMING = {
+    "streaming: strip, tokens": Variant(
+        *_FORWARD_STRIP, "tokens", "x_ptr y_ptr", _STATE + _FOUND + "inverse_ptr", _TOKEN_STRIP
+    ),
+    "streaming: strip, similarity": Variant(
+        *_FORWARD_STRIP, "matrix", "", _STATE + _FOUND + "matrix_ptr", _TOKEN_STRIP
+    ),
+    "streaming: strip, cost": Variant(*_FORWARD_STRIP, "matrix", "matrix_ptr", _STATE + _FOUND, _TOKEN_STRIP),
+    "streaming: first strip, tokens": Variant(
+        *_FORWARD_STRIP, "tokens", "x_ptr y_ptr", _STATE + _FOUND + "inverse_ptr", _TOKEN_STRIP | {"FIRST": True}
+    ),
+    "streaming: gather": Variant(
+        "streaming", "_gather_kernel", "lines", "", _STATE + _FOUND + "first_ptr items_ptr history_ptr",
+        {"FIRST": False, "STOPS": True, "HISTORY": 2},
+    ),
+    "streaming: finish": Variant(
+        "streaming", "_finish_kernel", "lines", "",
+        _STATE + "found_ptr first_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
+    ),
+    "streaming: weights": Variant("streaming", "_weights_kernel", "lines", "a_ptr b_ptr", "weights_ptr items_ptr", {}),
+    "streaming: norms": Variant("streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {}),
+    "streaming: similarity": Variant(
+        "streaming", "_matrix_kernel", "tokens", "x_ptr y_ptr",
+        _STATE + "inverse_ptr items_ptr similarity_ptr", {"PRECISION": "ieee"},
+    ),
+    "streaming: plan, cost": Variant(
+        "streaming", "_matrix_kernel", "matrix", "matrix_ptr plan_ptr", _STATE + "items_ptr", {"PRECISION": "ieee"}
+    ),
+    "streaming: attend, tokens": Variant(
+        "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "inverse_ptr items_ptr",
+        {"BARYCENTRIC": True, "PRECISION": "ieee"},
+    ),
+    "streaming: attend, similarity": Variant(
+        "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "matrix_ptr items_ptr",
+        {"BARYCENTRIC": True, "PRECISION": "ieee"},
+    ),
+    "streaming, backward: start": Variant(
+        "streaming_backward", "_start_kernel", "gradient", _SENT, _MEETING + "matrix_ptr rows_ptr part_ptr", _UNROLLED
+    ),
+    "streaming, backward: started": Variant(
+        "streaming_backward", "_started_kernel", "lines", "",
+        "weights_ptr rows_ptr part_ptr start_ptr attended_ptr sums_ptr pull_ptr total_ptr",
+        {"MODE": 1, "BARYCENTRIC": True},
+    ),
+    "streaming, backward: round, tokens": Variant(
+        "streaming_backward", "_adjoint_strip_kernel", "tokens", "x_ptr y_ptr", _ADJOINT + "inverse_ptr",
+        {"PHASE": 0, "PRECISION": "ieee"},
+    ),
+    "streaming, backward: round, similarity": Variant(
+        "streaming_backward", "_adjoint_strip_kernel", "matrix", "", _ADJOINT + "matrix_ptr",
+        {"PHASE": 0, "PRECISION": "ieee"},
+    ),
+    "streaming, backward: step, similarity": Variant(
+        "streaming_backward", "_adjoint_strip_kernel", "matrix", "", _ADJOINT + "matrix_ptr",
+        {"PHASE": 2, "PRECISION": "ieee"},
+    ),
+    "streaming, backward: gather": Variant(
+        "streaming_backward", "_adjoint_gather_kernel", "lines", "", "weights_ptr part_ptr pull_ptr total_ptr", {}
+    ),
+    "streaming, backward: gradients": Variant(
+        "streaming_backward", "_gradients_kernel", "lines", "",
+        "start_ptr sums_ptr part_ptr mapped_ptr residual_ptr direction_ptr total_ptr numbers_ptr", {"FIRST": False},
+    ),
+    "streaming, backward: cost": Variant(
+        "streaming_backward", "_matrix_gradient_kernel", "matrix", "matrix_ptr grad_plan_ptr grad_ptr",
+        _MEETING + "pull_ptr total_ptr", _UNROLLED | {"BARYCENTRIC": False},
+    ),
+    "streaming, backward: similarity": Variant(
+        "streaming_backward", "_matrix_gradient_kernel", "gradient", _SENT,
+        _MEETING + "matrix_ptr grad_ptr pull_ptr total_ptr", _UNROLLED,
+    ),
+    "streaming, backward: pull, tokens": Variant(
+        "streaming_backward", "_pull_kernel", "pull", _SENT + "grad_x_ptr",
+        _MEETING + "inverse_ptr pull_ptr total_ptr", _UNROLLED | {"SWAPPED": True, "COSINE": True},
+    ),
+    "streaming, backward: pull, similarity": Variant(
+        "streaming_backward", "_pull_kernel", "pull", _SENT + "grad_x_ptr",
+        _MEETING + "matrix_ptr inverse_ptr grad_ptr pull_ptr total_ptr",
+        _UNROLLED | {"SWAPPED": False, "COSINE": True},
+    ),
+    "streaming, backward: weights": Variant(
+        "streaming_backward", "_weight_gradient_kernel", "lines", "grad_ptr",
+        "weights_ptr items_ptr history_ptr total_ptr attended_ptr", {"MODE": 1},
+    ),
+}  # fmt: skip
+
 VARIANTS = {
     "forward": Variant(
         *_FORWARD, "x_ptr y_ptr x_out_ptr y_out_ptr", _SOLUTION, _TOKENS | {"STOPS": False, "HISTORY": 2}
@@ -126,6 +224,7 @@ VARIANTS = {
         "normaliser_ptr grad_terms_ptr",
         _LOSS,
     ),
+    **STREAMING,
 }  # fmt: skip
 
 # A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
@@ -153,6 +252,11 @@ def rows() -> list[Row]:
 
 
 def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
+    if variant in STREAMING.values():
+        if not variant.tokens and dtype not in ("float64", "float32"):
+            return []  # what sees no tokens is launched in the dtypes of the solve only
+        blocks = streaming_blocks(variant, dtype)
+        return [(blocks.get("BLOCK_N", blocks.get("BLOCK")), blocks.get("BLOCK_M", 1))]
     sizes = CLASSES[variant.configured][dtype]
     if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
         return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
@@ -165,6 +269,8 @@ def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
 
 def must_not_spill(row: Row) -> bool:
     """Forward kernels never; what a backward kernel spills is pinned by the table."""
+    if row.variant in STREAMING:
+        return VARIANTS[row.variant].module == "streaming"
     return VARIANTS[row.variant].configured == "forward"
 
 
@@ -181,9 +287,26 @@ def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resour
 
 def configured(row: Row) -> dict[str, int]:
     """What the committed table launches it with."""
+    if row.variant in STREAMING:
+        return streaming_blocks(VARIANTS[row.variant], row.dtype)
     # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
     dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
     return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
+
+
+def streaming_blocks(variant: Variant, dtype: str) -> dict[str, int]:
+    """Block sizes and options as triton_large launches them."""
+    values = getattr(torch, dtype)
+    if variant.configured == "lines":
+        lines = WHOLE_LINES if "eights_kernel" in variant.kernel or "weight_g" in variant.kernel else LINES
+        return {"BLOCK": lines, "num_warps": 4, "num_stages": 3}
+    if variant.configured == "norms":
+        return {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+    source = {"pull": "gradient"}.get(variant.configured, variant.configured)
+    blocks = blocks_of(source, values)._asdict()
+    if variant.configured in ("attend", "pull"):
+        blocks["BLOCK_F"] = ATTENDED[values.itemsize]
+    return blocks
 
 
 def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -192,14 +315,24 @@ def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSourc
     kernel = getattr(module, variant.kernel)
     tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)
-    types |= {"rounds_ptr": "*i32", "has_mass_ptr": "*i32", "scale": "fp64", "tol": "fp64"}
+    types |= {
+        "rounds_ptr": "*i32",
+        "has_mass_ptr": "*i32",
+        "stopped_ptr": "*i32",
+        "done_ptr": "*i32",
+        "scale": "fp64",
+        "tol": "fp64",
+    }
     signature, constant, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or (name.endswith("_ptr") and name not in types):
             signature[name], constant[(place,)] = "constexpr", constants.get(name)
             continue
+        if name == "stride_m":  # of the one side; of the other it is stride_n that is one
+            signature[name], constant[(place,)] = "constexpr", 1
+            continue
         signature[name] = types.get(name, "i32")
-        if name.endswith("_ptr") or name in ("D", "part_features"):
+        if name.endswith("_ptr") or name in ("D", "part_features", "stride_n"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constant, attributes)
 
@@ -283,7 +416,7 @@ def committed(row: Row, table: dict[str, Any]) -> Resources | None:
 
 def is_current(row: Row, table: dict[str, Any]) -> bool:
     """Whether the table has the row, of these sources and as it is configured now."""
-    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", VARIANTS[row.variant].configured
+    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", sources_of(row)
     found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
     return table["sources"].get(kernel) == sources_hash(kernel) and found[3:] == _steps(row)
 
@@ -292,11 +425,30 @@ def _steps(row: Row) -> list[int]:
     return [configured(row).get(name, 0) for name in ("BLOCK_D", "num_warps", "num_stages")]
 
 
+def sources_of(row: Row) -> str:
+    """What the sources of a row are listed under."""
+    variant = VARIANTS[row.variant]
+    return variant.module if row.variant in STREAMING else variant.configured
+
+
 def sources_hash(kernel: str) -> str:
     """Of the sources that a kernel's rows are made of."""
+    modules: tuple[str, ...]
+    if kernel.startswith("streaming"):
+        modules = ("rounds", "attend", "streaming", "attend_backward", kernel)[: 3 if kernel == "streaming" else 5]
+    else:
+        modules = _on_chip_modules(kernel)
+    return _hash_of(modules)
+
+
+def _on_chip_modules(kernel: str) -> tuple[str, ...]:
     modules = ("rounds", "loss") if kernel.startswith("loss") else ("rounds", "attend", "attend_backward")
     if kernel in ("forward", "similarity"):
         modules = modules[:2]
+    return modules
+
+
+def _hash_of(modules: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         digest.update((KERNELS / f"{module}.py").read_bytes().replace(b"\r\n", b"\n"))
@@ -304,7 +456,7 @@ def sources_hash(kernel: str) -> str:
 
 
 def sources_hashes() -> dict[str, str]:
-    return {kernel: sources_hash(kernel) for kernel in CLASSES}
+    return {kernel: sources_hash(kernel) for kernel in (*CLASSES, "streaming", "streaming_backward")}
 
 
 def load_table() -> dict[str, Any]:

@@ -21,7 +21,7 @@ TABLE = ahead_of_time.load_table()
 ROWS = ahead_of_time.rows()
 NAMES = [str(row) for row in ROWS]
 
-# Compiled anew: every variant, dtype, class and target at least once.
+# Compiled anew: every variant, dtype, class and target at least once; beyond the chip, every kernel that holds a tile.
 ANEW = (
     Row("forward", "bfloat16", (64, 32), "sm_90"),
     Row("forward", "bfloat16", (128, 128), "sm_100"),
@@ -36,6 +36,13 @@ ANEW = (
     Row("similarity", "float64", (64, 64), "gfx942"),
     Row("loss", "float32", (32, 32), "sm_90"),
     Row("loss, backward", "bfloat16", (32, 32), "sm_100"),
+    Row("streaming: strip, tokens", "bfloat16", (64, 64), "sm_90"),
+    Row("streaming: plan, cost", "float16", (16, 256), "sm_100"),
+    Row("streaming: attend, similarity", "float32", (32, 32), "sm_80"),
+    Row("streaming, backward: start", "bfloat16", (32, 32), "sm_100"),
+    Row("streaming, backward: round, similarity", "float32", (16, 256), "gfx942"),
+    Row("streaming, backward: cost", "float32", (16, 256), "sm_90"),
+    Row("streaming, backward: pull, tokens", "float16", (32, 32), "sm_80"),
 )
 
 COMPILE = """
@@ -88,14 +95,19 @@ def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():
 
 def test_no_forward_kernel_has_a_stack():
     """Said again by itself, without exceptions: tokens, a cost, everything asked for, every class, every target."""
-    forward = [(row, ahead_of_time.committed(row, TABLE)) for row in ROWS if row.variant.startswith("forward")]
-    assert len(forward) > 100
+    names = "forward", "streaming:"
+    forward = [(row, ahead_of_time.committed(row, TABLE)) for row in ROWS if row.variant.startswith(names)]
+    assert len(forward) > 250
     assert not [f"{row}: {resources}" for row, resources in forward if resources is None or resources.stack]
 
 
 def test_the_subset_covers_everything_once():
-    for field in ("variant", "dtype", "target"):
+    for field in ("dtype", "target"):
         assert {getattr(row, field) for row in ANEW} == {getattr(row, field) for row in ROWS}
+    on_chip = {row.variant for row in ROWS} - set(ahead_of_time.STREAMING)
+    assert {row.variant for row in ANEW} - set(ahead_of_time.STREAMING) == on_chip
+    tiles = [v.kernel for v in ahead_of_time.STREAMING.values() if v.configured not in ("lines", "norms")]
+    assert {ahead_of_time.VARIANTS[row.variant].kernel for row in ANEW} >= set(tiles)
     forward = [row for row in ANEW if row.variant.startswith(("forward", "backward"))]
     sizes = {configurations.size_class("forward", row.dtype, *row.tile) for row in forward}
     assert sizes == {size for dtype in configurations.CLASSES["forward"].values() for size in dtype}

@@ -19,11 +19,17 @@ from torch import Tensor
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
-from otfuse.backends._triton_paths import Path, choose, fits_on_chip, is_small, tile_side
+from otfuse.backends._triton_paths import Path, choose, tile_side
 from otfuse.backends.base import Backend, is_installed
+from otfuse.backends.triton_large import (
+    launch_attend_large,
+    launch_attend_large_backward,
+    launch_sinkhorn_large,
+    launch_sinkhorn_large_backward,
+)
 from otfuse.backends.triton_small import launch_sinkhorn_small, launch_sinkhorn_small_backward
 from otfuse.fused_ops import MODES, UNROLL
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, dtype_name
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
 
 _NO_TOKENS = {"COSINE": False, "BARYCENTRIC": False}
 
@@ -52,10 +58,6 @@ class TritonBackend(Backend):
         reasons = []
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
-        _, N, M = problem.shape
-        D = 0 if problem.x is None else problem.x.shape[2]
-        if not (is_small(N, M, D) or fits_on_chip(N, M, D, problem.values.dtype)):
-            reasons.append(f"a kernel matrix of {N} x {M} does not fit on chip in {dtype_name(problem.solve_dtype)}")
         return reasons
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
@@ -111,6 +113,12 @@ def launch_attend(
     outputs = (torch.empty_like(x), torch.empty_like(y), *new_like(models))
     if B == 0:
         return outputs
+    if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:  # tokens, even without features
+        launch_attend_large(
+            x, y, a, b, cosine, barycentric, scale, num_iters, tol, _history(grad, history), path is Path.STORED,
+            _precision(dtype), outputs[0], outputs[1], outputs[2], outputs[3], outputs[4:],
+        )  # fmt: skip
+        return outputs
     shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)
     blocks = _blocks("forward", dtype, tile_side(N), tile_side(M), device)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
@@ -164,6 +172,12 @@ def launch_attend_backward(
     gradients = fused_ops.new_gradients(x, y, a, b)
     if B == 0:
         return gradients
+    if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:
+        launch_attend_large_backward(
+            x, y, a, b, cosine, barycentric, scale, num_iters, grad, path is Path.STORED, _precision(x.dtype),
+            contiguous(rounds, history), sent(*grads), gradients,
+        )  # fmt: skip
+        return gradients
     shape = launch_shape(B, (N + M) * D * x.itemsize, D, x.device)
     blocks = _blocks("backward", x.dtype, tile_side(N), tile_side(M), x.device)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
@@ -188,6 +202,9 @@ def launch_sinkhorn(
     plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
         return plan, *solution
+    if path_of(cost, B, N, M, 0) is Path.STORED:
+        launch_sinkhorn_large(cost, a, b, scale, num_iters, tol, _history(grad, history), plan, solution)
+        return plan, *solution
     blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
     with on(cost.device):
@@ -209,6 +226,10 @@ def launch_sinkhorn_backward(
     cost, a, b = contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
+        return gradients
+    if path_of(cost, B, N, M, 0) is Path.STORED:
+        kept = contiguous(rounds, history)
+        launch_sinkhorn_large_backward(cost, a, b, scale, num_iters, grad, kept, sent(*grads), gradients)
         return gradients
     grad_plan, grad_f, grad_g = sent(*grads)
     blocks = _blocks("backward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)

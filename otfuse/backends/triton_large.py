@@ -1,0 +1,426 @@
+"""Launchers beyond what stays on chip: rounds that stream an item's similarity, by the same ops as in ``triton.py``.
+
+The path says where the similarity comes from: STORED, from memory (the cost itself, or what one launch has made of the
+tokens); RECOMPUTED, from the tokens, a tile at a time, in every launch. The device code is in
+``otfuse.kernels.triton.streaming``.
+
+Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features, P strips of an item; lines are an item's rows and
+columns, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from otfuse.backends._triton_launch import launch, on, wanted
+from otfuse.fused_ops import DETACH, IMPLICIT, UNROLL
+
+LINES = 256  # of an item, to a program that does not look at the matrix
+WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
+
+# BLOCK_N, BLOCK_M, num_warps, num_stages by where tiles come from, or what is done with them, and bytes of a number of
+# the tokens or cost. A strip is read twice in a round, the second time from the L2 cache if the strips under way fit
+# there: 16 rows of 4096 columns in float32 are 256 KiB, which 132 multiprocessors have 34 MB of. Tiles of tokens are
+# large, for the tensor cores, which also multiply plans ("attend") and what comes back ("gradient").
+BLOCKS = {
+    "matrix": {2: (16, 256, 4, 2), 4: (16, 256, 4, 2), 8: (16, 128, 4, 2)},
+    "tokens": {2: (64, 64, 8, 2), 4: (64, 64, 8, 2), 8: (32, 32, 8, 2)},
+    "attend": {2: (64, 64, 8, 2), 4: (32, 32, 4, 2), 8: (16, 32, 4, 2)},
+    "gradient": {2: (32, 32, 4, 1), 4: (32, 32, 4, 1), 8: (16, 16, 4, 1)},
+}
+FEATURES = {2: 64, 4: 32, 8: 16}  # BLOCK_D, by bytes of a number of the tokens
+ATTENDED = {2: 64, 4: 64, 8: 32}  # BLOCK_F: features that a program attends to
+
+
+class Blocks(NamedTuple):
+    """Of the kernels that look at the matrix: a tile, and how many features of tokens at a time."""
+
+    BLOCK_N: int
+    BLOCK_M: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+def blocks_of(source: str, values: torch.dtype) -> Blocks:
+    """``source``: of BLOCKS; ``values``: what the tokens, or the cost, are of."""
+    BLOCK_N, BLOCK_M, num_warps, num_stages = BLOCKS[source][values.itemsize]
+    return Blocks(BLOCK_N, BLOCK_M, FEATURES[values.itemsize], num_warps, num_stages)
+
+
+@cache
+def _kernels() -> Any:
+    """Imported at the first launch: ``import otfuse`` does not import Triton."""
+    from otfuse.kernels.triton import streaming
+
+    return streaming
+
+
+@cache
+def _backward() -> Any:
+    from otfuse.kernels.triton import streaming_backward
+
+    return streaming_backward
+
+
+# Of streaming_backward.
+ROUND, START, STEP, END = range(4)
+
+
+class Solve:
+    """A batch under way: what is streamed, and the state of the rounds.
+
+    Every tensor that a launch here needs beyond inputs and outputs is made here: O(B (N + M)) numbers, B P M for the
+    strips' parts of the sums over columns, and B N M in one case only, tokens on the path STORED.
+    """
+
+    def __init__(
+        self, x: Tensor | None, y: Tensor | None, matrix: Tensor | None, a: Tensor | None, b: Tensor | None,
+        cosine: bool, scale: float, precision: str,
+    ) -> None:  # fmt: skip
+        values = x if matrix is None else matrix
+        assert values is not None
+        self.x, self.y, self.matrix, self.a, self.b = x, y, matrix, a, b
+        self.scale, self.precision, self.device = scale, precision, values.device
+        self.B, self.N = values.shape[:2]
+        self.M = y.shape[1] if y is not None else values.shape[2]
+        self.D = 0 if x is None else x.shape[2]
+        self.tokens = values.dtype if x is None else x.dtype
+        self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        self.values = values
+        lines = self.B, self.N + self.M
+        self.weights, self.exponent, self.scaling = (self.new(*lines) for _ in range(3))
+        self.items = self.new(self.B, 4)
+        self.inverse = self.new(*lines) if cosine and x is not None else None
+        self._weigh()
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.values.new_empty(shape, dtype=dtype or self.dtype)
+
+    def blocks(self) -> Blocks:
+        return blocks_of("tokens" if self.matrix is None else "matrix", self.tokens)
+
+    def launch(self, kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], constants: Any) -> None:
+        launch(kernel, programs, arguments, constants, self.device)
+
+    def row_programs(self, BLOCK_N: int) -> int:
+        return self.B * -(-self.N // BLOCK_N)
+
+    def line_programs(self) -> tuple[int]:
+        return (self.B * (-(-self.N // LINES) - (-self.M // LINES)),)
+
+    def _weigh(self) -> None:
+        passed = self.a, self.b, self.weights, self.items, self.N, self.M
+        self.launch(_kernels()._weights_kernel, (self.B,), passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
+        if self.inverse is None:
+            return
+        sides = (self.x, self.N, self.M, 0), (self.y, self.M, self.N, self.N)
+        constants = {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
+        for tokens, size, other, first in sides:
+            arguments = tokens, self.weights, self.inverse, size, other, self.D, first
+            self.launch(_kernels()._norms_kernel, (self.B * -(-size // 16),), arguments, constants)
+
+    def source(self) -> tuple[Any, ...]:
+        """The first arguments of every kernel that looks at the matrix: tokens or the matrix, and inverse norms."""
+        if self.matrix is None:
+            return self.x, self.y, None, self.inverse, self.weights
+        return None, None, self.matrix, None, self.weights
+
+    def constants(self, source: Any = None, **more: Any) -> dict[str, Any]:
+        sides = (blocks_of(source, self.tokens) if source else self.blocks())._asdict()
+        options = {name: sides.pop(name) for name in ("num_warps", "num_stages")}
+        return {**more, "PRECISION": self.precision, **sides, **options}
+
+    def matrices(self, plan: Tensor | None, similarity: Tensor | None) -> None:
+        """Writes what is wanted of the two [B, N, M]."""
+        constants = self.constants()
+        programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
+        arguments = (
+            *self.source(), self.exponent, self.scaling, self.items, plan, similarity,
+            self.N, self.M, self.D, self.M, self.scale,
+        )  # fmt: skip
+        self.launch(_kernels()._matrix_kernel, programs, arguments, constants)
+
+    def store(self, similarity: Tensor) -> None:
+        """From here on the similarity is streamed from here, not made of the tokens."""
+        self.matrices(None, similarity)
+        self.matrix = similarity
+
+    def start(self, history: Tensor | None = None, rounds: Tensor | None = None) -> None:
+        """The first exponents, and room for what the strips of an item find."""
+        self.P = -(-self.N // self.blocks().BLOCK_N)
+        self.part, self.found = self.new(self.B, self.P, self.M), self.new(self.B, self.P)
+        self.new_u, self.first = self.new(self.B, self.N), self.new(self.B, self.N + self.M)
+        self.stopped = self.new(self.B, dtype=torch.int32)
+        self.rounds_run = self.new(self.B, dtype=torch.int32) if rounds is None else rounds
+        self.history = history
+        self.strip(-1, FIRST=True, LAST=False)
+        self.gather(-1, 0, -1.0, FIRST=True, HISTORY=0)
+
+    def strip(self, t: int, **phase: bool) -> None:
+        arguments = (
+            *self.source(), self.exponent, self.scaling, self.new_u, self.part, self.found, self.stopped,
+            self.N, self.M, self.D, self.M, self.scale, t,
+        )  # fmt: skip
+        self.launch(_kernels()._strip_kernel, (self.B * self.P,), arguments, self.constants(**phase))
+
+    def gather(self, t: int, num_iters: int, tol: float, FIRST: bool, HISTORY: int) -> None:
+        arguments = (
+            self.weights, self.exponent, self.first, self.scaling, self.new_u, self.part, self.found, self.items,
+            self.stopped, self.rounds_run, self.history, self.N, self.M, self.P, t, num_iters, tol,
+        )  # fmt: skip
+        constants = {"FIRST": FIRST, "STOPS": tol > 0, "HISTORY": HISTORY, "BLOCK": LINES, "num_warps": 4}
+        self.launch(_kernels()._gather_kernel, self.line_programs(), arguments, constants)
+
+    def rounds(self, num_iters: int, tol: float, solution: Sequence[Tensor], keep: int) -> None:
+        """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
+        f, g, error, rounds, history = solution
+        self.start(history if keep else None, rounds)
+        for t in range(num_iters):
+            self.strip(t, FIRST=False, LAST=False)
+            self.gather(t, num_iters, tol, FIRST=False, HISTORY=keep)
+        self.strip(num_iters, FIRST=False, LAST=True)  # what the rows lack now
+        arguments = (
+            self.weights, self.exponent, self.first, self.scaling, self.found, self.items, f, g, error, rounds,
+            self.history, self.N, self.M, self.P, num_iters, self.scale,
+        )  # fmt: skip
+        constants = {"HISTORY": keep, "BLOCK": LINES, "num_warps": 4}
+        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, constants)
+
+    def attend(self, barycentric: bool, x_out: Tensor, y_out: Tensor) -> None:
+        N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
+        _, _, matrix, inverse, weights = self.source()
+        sides = (
+            (self.x, self.y, x_out, N, M, (M, 1), (0, N)),
+            (self.y, self.x, y_out, M, N, (1, M), (N, 0)),
+        )
+        for x, y, out, rows, columns, strides, places in sides:
+            # Tensor cores multiply, wherever the plan comes from.
+            constants = with_features(self.constants("attend", BARYCENTRIC=barycentric), width)
+            programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
+            arguments = (
+                x, y, matrix, inverse, weights, self.exponent, self.scaling, self.items, out,
+                rows, columns, self.D, *strides, *places, self.scale,
+            )  # fmt: skip
+            self.launch(_kernels()._attend_kernel, programs, arguments, constants)
+
+
+def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
+    """With one more block size, before the options."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    return {**constants, "BLOCK_F": BLOCK_F, **options}
+
+
+def launch_attend_large(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
+    num_iters: int, tol: float, keep: int, stored: bool, precision: str,
+    x_out: Tensor, y_out: Tensor, plan: Tensor, similarity: Tensor, solution: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous, the device current.
+
+    ``stored``: the similarity is made once and read in every round. ``keep`` is streaming.HISTORY_NONE,
+    HISTORY_LAST or HISTORY_ALL.
+    """
+    with on(x.device):
+        solve = Solve(x, y, None, a, b, cosine, scale, precision)
+        if stored:
+            solve.store(similarity if similarity.numel() else solve.new(solve.B, solve.N, solve.M))
+        elif similarity.numel():
+            solve.matrices(None, similarity)
+        solve.rounds(num_iters, tol, solution, keep)
+        if plan.numel():
+            solve.matrices(plan, None)
+        solve.attend(barycentric, x_out, y_out)
+
+
+def launch_sinkhorn_large(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, keep: int,
+    plan: Tensor, solution: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same for a cost, which is itself what is streamed."""
+    with on(cost.device):
+        solve = Solve(None, None, cost, a, b, False, scale, "ieee")
+        solve.rounds(num_iters, tol, solution, keep)
+        solve.matrices(plan, None)
+
+
+class Adjoint(Solve):
+    """The backward of a batch: gradients that come in, and the state of the adjoint rounds."""
+
+    def __init__(self, *problem: Any, barycentric: bool, mode: int, num_iters: int, kept: tuple[Tensor, Tensor],
+                 grads: Sequence[Tensor | None]) -> None:  # fmt: skip
+        """``problem``: as for Solve; ``grads``: of x, y, plan, similarity, f, g, None where there is none."""
+        super().__init__(*problem)
+        self.barycentric, self.mode, self.num_iters = barycentric, mode, num_iters
+        self.kept = kept  # rounds and history
+        self.grad_x, self.grad_y, self.grad_plan, self.grad_similarity, self.grad_f, self.grad_g = grads
+        self.total = self.new(self.B, self.N + self.M) if mode != DETACH else None
+        self.pull = self.new(self.B, num_iters, self.N + self.M) if mode == UNROLL else None
+        self.attended = self.new(self.B, self.N + self.M) if barycentric else None
+
+    def modes(self, **more: Any) -> dict[str, Any]:
+        return {**more, "MODE": self.mode, "BARYCENTRIC": self.barycentric}
+
+    def tokens_and_gradients(self) -> tuple[Any, ...]:
+        """The first arguments of kernels in which tokens meet gradients: tokens even where the matrix is read."""
+        _, _, matrix, inverse, weights = self.source()
+        return self.x, self.y, matrix, inverse, weights, self.grad_x, self.grad_y, self.grad_plan
+
+    def meeting(self) -> str:
+        return "matrix" if self.x is None else "gradient"
+
+    def solve(self) -> None:
+        """All that ends in ``total``, ``pull`` and ``attended``."""
+        self.start()  # a history is relative to the first exponents, which come out as they did in the forward
+        if self.mode == DETACH and not self.barycentric:
+            return
+        B, N, M, kinds = self.B, self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1
+        constants = self.constants(self.meeting(), **self.modes())
+        P = -(-N // constants["BLOCK_N"])
+        rows, part = self.new(kinds, B, N), self.new(kinds, B, P, M)
+        start, sums = self.new(B, N + M), self.new(B, N + M) if self.mode == IMPLICIT else None
+        arguments = (
+            *self.tokens_and_gradients(), *self.kept, self.first, rows, part,
+            N, M, self.D, M, self.scale, self.num_iters,
+        )  # fmt: skip
+        self.launch(_backward()._start_kernel, (B * P,), arguments, constants)
+        arguments = (
+            self.weights, self.grad_f, self.grad_g, self.kept[0], rows, part, start, self.attended, sums, self.pull,
+            self.total, N, M, P, self.scale, self.num_iters,
+        )  # fmt: skip
+        constants = {**self.modes(), "BLOCK": LINES, "num_warps": 4}
+        self.launch(_backward()._started_kernel, self.line_programs(), arguments, constants)
+        if self.mode == UNROLL:
+            self.unroll(start)
+        elif self.mode == IMPLICIT:
+            self.implicit(start, sums)
+
+    def adjoint_strip(self, phase: int, t: int, start: Tensor, sums: Any, pull: Any, done: Any) -> None:
+        arguments = (
+            *self.source(), *self.kept, self.first, start, sums, pull, self.total, done, self.part,
+            self.N, self.M, self.D, self.M, self.scale, self.num_iters, t,
+        )  # fmt: skip
+        programs = (self.row_programs(self.blocks().BLOCK_N),)
+        self.launch(_backward()._adjoint_strip_kernel, programs, arguments, self.constants(PHASE=phase))
+
+    def unroll(self, start: Tensor) -> None:
+        for t in reversed(range(self.num_iters)):
+            self.adjoint_strip(ROUND, t, start, None, self.pull, None)
+            if t:
+                arguments = (
+                    self.weights, self.kept[0], self.part, self.pull, self.total,
+                    self.N, self.M, self.P, self.num_iters, t,
+                )  # fmt: skip
+                programs = (self.B * -(-self.M // LINES),)
+                constants = {"BLOCK": LINES, "num_warps": 4}
+                self.launch(_backward()._adjoint_gather_kernel, programs, arguments, constants)
+
+    def implicit(self, start: Tensor, sums: Any) -> None:
+        numbers = self.new(self.B, 4)
+        mapped, residual, direction = (self.new(self.B, self.M) for _ in range(3))
+        done = self.new(self.B, dtype=torch.int32)
+        arguments = (
+            start, sums, self.part, mapped, residual, direction, self.total, numbers, done, self.N, self.M, self.P,
+        )  # fmt: skip
+        for step in range(1 + num_steps(self.M, self.num_iters)):
+            self.adjoint_strip(STEP if step else START, 0, start, sums, direction, done)
+            constants = {"FIRST": step == 0, "BLOCK": LINES, "num_warps": 4}
+            self.launch(_backward()._gradients_kernel, (self.B,), arguments, constants)
+        # The answer of the columns, in an array of its own.
+        mu = self.total[:, self.N :].contiguous()  # type: ignore[index]
+        self.adjoint_strip(END, 0, start, sums, mu, done)
+
+    def matrix_gradient(self, grad: Tensor) -> None:
+        """Writes the gradient of the similarity or the cost [B, N, M]."""
+        constants = self.constants(self.meeting(), **self.modes())
+        programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
+        arguments = (
+            *self.tokens_and_gradients(), *self.kept, self.first, self.pull, self.total, grad,
+            self.N, self.M, self.D, self.M, self.scale, self.num_iters,
+        )  # fmt: skip
+        self.launch(_backward()._matrix_gradient_kernel, programs, arguments, constants)
+
+    def token_gradients(self, grad: Tensor | None, *outputs: Tensor) -> None:
+        """Of x and y; from the gradient of the similarity, or where that is None from its tiles, made on the way."""
+        _, _, matrix, _, weights = self.source()
+        N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
+        sides = (
+            (self.x, self.y, self.grad_x, self.grad_y, outputs[0], N, M, (M, 1), (0, N), False),
+            (self.y, self.x, self.grad_y, self.grad_x, outputs[1], M, N, (1, M), (N, 0), True),
+        )
+        for x, y, grad_x, grad_y, out, rows, columns, strides, places, swapped in sides:
+            constants = self.constants(
+                "gradient", **self.modes(SWAPPED=swapped, COSINE=self.inverse is not None)
+            )  # fmt: skip
+            arguments = (
+                x, y, matrix, self.inverse, weights, grad_x, grad_y, self.grad_plan, self.grad_similarity,
+                *self.kept, self.first, self.pull, self.total, grad, out,
+                rows, columns, self.D, *strides, *places, self.scale, self.num_iters,
+            )  # fmt: skip
+            programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
+            self.launch(_backward()._pull_kernel, programs, arguments, with_features(constants, width))
+
+    def weight_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
+        for grad, size, other, first, which in (
+            (grad_a, self.N, self.M, 0, 2), (grad_b, self.M, self.N, self.N, 3),
+        ):  # fmt: skip
+            if grad is None:
+                continue
+            arguments = (
+                self.weights, self.items, self.kept[1], self.total, self.attended, grad,
+                size, other, first, which, self.num_iters,
+            )  # fmt: skip
+            constants = {"MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
+            self.launch(_backward()._weight_gradient_kernel, (self.B,), arguments, constants)
+
+
+def num_steps(M: int, num_iters: int) -> int:
+    """Steps of conjugate gradients that are launched at most: an item leaves when it is done.
+
+    On chip it may take 4 M + 50; but each takes two launches here, and what 50 rounds have brought near its fixed
+    point needs far fewer (docs/performance.md#beyond-the-chip).
+    """
+    return min(4 * M + 50, 50 + 2 * num_iters)
+
+
+def launch_attend_large_backward(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
+    num_iters: int, grad: int, stored: bool, precision: str, kept: tuple[Tensor, Tensor],
+    grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Into ``gradients`` of x, y, a, b, of which the last two may be empty. ``kept``: rounds and history."""
+    with on(x.device):
+        adjoint = Adjoint(
+            x, y, None, a, b, cosine, scale, precision,
+            barycentric=barycentric, mode=grad, num_iters=num_iters, kept=kept, grads=grads,
+        )  # fmt: skip
+        made = None
+        if stored:
+            adjoint.store(adjoint.new(adjoint.B, adjoint.N, adjoint.M))
+        adjoint.solve()
+        if stored:
+            made = adjoint.new(adjoint.B, adjoint.N, adjoint.M)
+            adjoint.matrix_gradient(made)
+        adjoint.token_gradients(made, *gradients[:2])
+        adjoint.weight_gradients(*map(wanted, gradients[2:]))
+
+
+def launch_sinkhorn_large_backward(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, grad: int,
+    kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same into the gradients of the cost, a, b; ``grads``: of the plan, f, g."""
+    grad_plan, grad_f, grad_g = grads
+    with on(cost.device):
+        adjoint = Adjoint(
+            None, None, cost, a, b, False, scale, "ieee", barycentric=False, mode=grad, num_iters=num_iters,
+            kept=kept, grads=(None, None, grad_plan, None, grad_f, grad_g),
+        )  # fmt: skip
+        adjoint.solve()
+        adjoint.matrix_gradient(gradients[0])
+        adjoint.weight_gradients(*map(wanted, gradients[1:]))

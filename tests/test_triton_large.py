@@ -1,0 +1,261 @@
+"""Triton beyond the chip, by both paths: what is streamed from memory, and what is made anew from the tokens.
+
+Small items are forced through each path, in blocks so small that an item has several strips and several steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from problems import assert_accurate, assert_solution_accurate, padded_weights, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import otfuse
+from otfuse import attention, fused_ops
+from otfuse.backends import triton as backend
+from otfuse.backends import triton_large as large
+from otfuse.backends._triton_paths import Path
+from otfuse.fused_ops import MODES
+from otfuse.problem import SinkhornOutput, cost_problem, token_problem
+from otfuse.testing import SpecificationBackend, clustered_tokens, specified_attend, specified_sinkhorn
+
+N, M, D = 20, 33, 24
+PATHS = (Path.STORED, Path.RECOMPUTED)
+
+
+@pytest.fixture
+def on_path(monkeypatch, device):
+    """Forces a path, in blocks of 16 x 32: two strips of two steps, and two blocks of lines."""
+    if not (backend.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 32, 4, 2)) for key in large.BLOCKS})
+    monkeypatch.setattr(large, "LINES", 32 if device.type == "cpu" else large.LINES)
+
+    def force(path: Path) -> None:
+        monkeypatch.setattr(backend, "path_of", lambda *_: path)
+
+    return force
+
+
+@pytest.mark.parametrize("path, dtype", [
+    (Path.STORED, torch.float32),
+    (Path.STORED, torch.float16),
+    (Path.RECOMPUTED, torch.float64),
+    (Path.RECOMPUTED, torch.float32),
+    (Path.RECOMPUTED, torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_tokens_are_solved_as_specified(on_path, device, path, dtype):
+    """Masks on one side, weights on the other, an item without mass, early stop; every output within the contract."""
+    on_path(path)
+    x, y = clustered_tokens(3, N, M, D, dtype=dtype, device=device)
+    a, b = padded_weights(0, 3, N, torch.float32).to(device), (padded_weights(1, 3, M) != 0).to(device)
+    a[2] = 0
+    options = {"b": b, "num_iters": 7, "tol": 0.05, "weights": "barycentric"}
+    out = otfuse.sinkhorn_attend(x, y, a=a, return_plan=True, backend="triton", **options)
+    solve = torch.float64 if dtype == torch.float64 else torch.float32
+    truth = specified_attend(x.double(), y.double(), a=a.double(), **options)
+    reference = specified_attend(x.float(), y.float(), a=a, **options)
+    exact = specified_attend(x.float().double(), y.float().double(), a=a.double(), **options)
+    assert len(set(truth.num_iters.tolist())) > 1, "items that stop at different rounds"
+    plans = [SinkhornOutput(o.plan.to(solve), *o[3:]) for o in (out, reference, exact, truth)]
+    if dtype in (torch.float64, torch.float32):
+        assert_solution_accurate(*plans, 0.1, str(path))
+    assert torch.equal(out.num_iters, truth.num_iters)
+    for name in ("x", "y", "plan"):
+        actual = getattr(out, name)
+        rounded = getattr(reference, name) if dtype == torch.float64 else getattr(reference, name).to(dtype)
+        assert actual.dtype == dtype
+        assert_accurate(actual, rounded, getattr(exact, name), getattr(truth, name), f"{path}: {name}")
+    assert torch.equal(out.x[2], x[2]) and torch.equal(out.x[a == 0], x[a == 0])
+
+
+@pytest.mark.parametrize(
+    "dtype, epsilon",
+    [(torch.float64, 0.001), (torch.float32, 0.1), (torch.float32, 0.001), (torch.bfloat16, 0.1)],
+    ids=str,
+)
+def test_costs_are_solved_as_specified(on_path, device, dtype, epsilon):
+    """In one form at every range: at 0.001 the log kernel spans two thousand."""
+    on_path(Path.STORED)
+    cost = -otfuse.similarity_matrix(*clustered_tokens(2, M, N, D, device=device)).to(dtype)
+    out = otfuse.sinkhorn(cost, epsilon, num_iters=8, backend="triton")
+    truth = specified_sinkhorn(cost.double(), epsilon, num_iters=8)
+    reference = specified_sinkhorn(cost.float(), epsilon, num_iters=8)
+    exact = specified_sinkhorn(cost.float().double(), epsilon, num_iters=8)
+    if dtype == torch.bfloat16:  # the plan is rounded once more; the rest is in float32
+        assert_accurate(out.plan, reference.plan.to(dtype), exact.plan, truth.plan, "plan")
+        out = out._replace(plan=reference.plan)
+    assert_solution_accurate(out, reference, exact, truth, epsilon, f"{dtype} at {epsilon}")
+
+
+def test_known_answers(on_path, device):
+    """A single token gets all weights; zero on a permutation and one elsewhere is solved in closed form."""
+    on_path(Path.STORED)
+    b = weights(0, 2, M, torch.float64).to(device)
+    out = otfuse.sinkhorn(
+        torch.rand(2, 1, M, dtype=torch.float64, device=device), 0.01, b=b, num_iters=2, backend="triton"
+    )
+    torch.testing.assert_close(out.plan[:, 0], b / b.sum(1, keepdim=True))
+    match = torch.eye(N, dtype=torch.float64, device=device).roll(3, 0)
+    for epsilon in (0.5, 0.001):  # exp(-1 / 0.001) is below what float64 holds
+        plan = otfuse.sinkhorn((1 - match)[None], epsilon, num_iters=3, backend="triton").plan[0]
+        off = float(torch.exp(torch.tensor(-1 / epsilon, dtype=torch.float64)))
+        torch.testing.assert_close(plan, (match + off * (1 - match)) / (N * (1 + (N - 1) * off)))
+
+
+def gradients(x, y, a, b, epsilon, how, grad, num_iters):
+    """Of everything that has one, by tokens and weights."""
+    x, y, a = (t.detach().clone().requires_grad_() for t in (x, y, a))
+    problem = token_problem(x, y, epsilon, a, b, "cosine", num_iters, 0.02, "barycentric", grad, True)
+    if how == "triton":
+        out, similarity = backend.TritonBackend().attend(problem, True)
+    elif grad == "unroll":
+        out, similarity = SpecificationBackend().attend(problem, True)
+    else:  # the specification has no fixed point's gradient
+        from otfuse.backends.torch import TorchBackend
+
+        out, similarity = TorchBackend().attend(problem, True)
+    generator = torch.Generator().manual_seed(5)
+    loss = x.new_zeros((), dtype=torch.float64)
+    outputs = (out.x, out.y, similarity) if grad == "detach" else (out.x, out.y, similarity, 20 * out.plan)
+    for output in outputs:
+        loss = loss + (output.double() * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+    if grad == "unroll":
+        loss = loss + torch.where(out.f.isinf(), 0, out.f).double().sin().sum()
+        loss = loss + torch.where(out.g.isinf(), 0, out.g).double().cos().sum()
+    return torch.autograd.grad(loss, (x, y, a))
+
+
+@pytest.mark.parametrize("path, dtype, grad, epsilon", [
+    (Path.STORED, torch.float32, "unroll", 0.1),
+    (Path.RECOMPUTED, torch.float32, "unroll", 0.005),
+    (Path.RECOMPUTED, torch.float64, "unroll", 0.1),
+    (Path.STORED, torch.float64, "implicit", 0.2),
+    (Path.RECOMPUTED, torch.float64, "implicit", 0.2),
+    (Path.RECOMPUTED, torch.float64, "detach", 0.1),
+    (Path.STORED, torch.float32, "detach", 0.1),
+])  # fmt: skip
+def test_gradients_are_those_of_the_specification(on_path, device, path, dtype, grad, epsilon):
+    """By x, y and weights, of all outputs, with padding and an item that stops early."""
+    on_path(path)
+    x, y = clustered_tokens(2, N, M, D, device=device)
+    a, b = padded_weights(0, 2, N, torch.float32).to(device), (padded_weights(1, 2, M) != 0).to(device)
+    num_iters = 12 if grad == "implicit" else 4
+
+    def by(how, dtype):
+        return gradients(x.to(dtype), y.to(dtype), a.to(dtype), b, epsilon, how, grad, num_iters)
+
+    actual, reference, exact = by("triton", dtype), by("plain", torch.float32), by("plain", torch.float64)
+    for name, *values in zip("xya", actual, reference, exact, exact):
+        assert_accurate(*values, what=f"{path} {grad}: gradient by {name}")
+    assert (actual[2][a == 0] == 0).all()
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.001])
+def test_gradients_by_a_cost(on_path, device, epsilon):
+    on_path(Path.STORED)
+    x, y = clustered_tokens(2, M, N, D, device=device)
+    cost, a = -otfuse.similarity_matrix(x, y), weights(0, 2, M, torch.float32).to(device)
+    sent = torch.randn(2, M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def by(how, dtype):
+        leaves = cost.to(dtype).requires_grad_(), a.to(dtype).requires_grad_()
+        if how == "triton":
+            plan = otfuse.sinkhorn(leaves[0], epsilon, leaves[1], num_iters=6, backend="triton").plan
+        else:
+            problem = cost_problem(leaves[0], epsilon, leaves[1], None, 6, None, "unroll")
+            plan = SpecificationBackend().solve(-leaves[0], attention.marginals(problem), problem).plan
+        return torch.autograd.grad((plan.double() * sent).sum(), leaves)
+
+    actual, reference, exact = by("triton", torch.float32), by("plain", torch.float32), by("plain", torch.float64)
+    for name, *values in zip(("cost", "a"), actual, reference, exact, exact):
+        assert_accurate(*values, what=f"gradient by {name} at {epsilon}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_an_item_is_the_same_alone_and_nan_stays_in_its_item(on_path, device, path):
+    """Bit for bit, forward and backward, beside a neighbour that is NaN and one that stops at once."""
+    on_path(path)
+    x, y = clustered_tokens(3, N, M, D, device=device)
+    x[0, 3] = torch.nan
+    y[2] = y[2, :1]  # all alike: solved by one round
+
+    def solve(x, y):
+        x = x.clone().requires_grad_()
+        out = otfuse.sinkhorn_attend(x, y, num_iters=2, tol=1e-3, backend="triton")
+        return (*(out[:2]), *out[3:], *torch.autograd.grad(out.x.square().sum() + out.y.sum(), x))
+
+    for together, alone in zip(solve(x, y), solve(x[1:2], y[1:2])):
+        assert torch.equal(together[1:2], alone)
+        assert together[0].isnan().all() or together.dtype == torch.int32
+        assert not together[1:].isnan().any()
+    assert solve(x, y)[5].tolist() == [2, 2, 1]
+
+
+class Made(TorchDispatchMode):
+    """Bytes and shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.shapes = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and not any(tensor is arg for arg in args):
+                self.bytes += tensor.numel() * tensor.itemsize
+                self.shapes.append(tuple(tensor.shape))
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of kernels that would be launched: the launchers run, on tensors without values."""
+    pytest.importorskip("triton")
+    names = []
+    monkeypatch.setattr(large, "launch", lambda kernel, *_: names.append(kernel.__name__))
+    monkeypatch.setattr(large, "on", lambda device: contextlib.nullcontext())
+    return names
+
+
+def run(side, D, dtype, path, grad, num_iters=50):
+    """What forward and backward of one item of side² make beyond outputs: all bytes, and shapes."""
+    x = torch.empty(1, side, D, dtype=dtype, device="meta")
+    outputs = fused_ops.new_attended(x, x, False, False)
+    solution = fused_ops.new_solution(x, side, side, num_iters, MODES[grad], True)
+    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, path is Path.STORED, "ieee")
+    with Made() as forward:
+        large.launch_attend_large(x, x, None, None, True, False, 10.0, *options, *outputs, solution)
+    gradients = fused_ops.new_gradients(x, x, None, None)
+    sent = (outputs[0], outputs[1], None, None, None, None)
+    with Made() as backward:
+        large.launch_attend_large_backward(
+            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], path is Path.STORED, "ieee",
+            (solution[3], solution[4]), sent, gradients,
+        )  # fmt: skip
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("grad", MODES)
+def test_16384_tokens_in_less_than_two_gib(launches, dtype, grad):
+    """All that the launchers make beyond inputs and outputs, freed or not, and never anything N x M."""
+    for made in run(16384, 64, dtype, Path.RECOMPUTED, grad):
+        assert 0 < made.bytes < 2**31
+        assert not [shape for shape in made.shapes if shape[-2:] == (16384, 16384)]
+    forward, backward = run(4096, 64, dtype, Path.STORED, grad)
+    assert [shape[-2:] for shape in forward.shapes].count((4096, 4096)) == 1, "that the measure sees a matrix"
+    assert [shape[-2:] for shape in backward.shapes].count((4096, 4096)) == 2
+
+
+def test_two_launches_a_round(launches):
+    """And what surrounds them does not depend on the number of rounds, or on the sizes."""
+    run(4096, 64, torch.float32, Path.RECOMPUTED, "unroll", 1)
+    once = list(launches)
+    launches.clear()
+    run(512, 768, torch.float32, Path.RECOMPUTED, "unroll", 11)
+    assert len(launches) == len(once) + 10 * 4
+    assert launches.count("_strip_kernel") == 11 + 3 and launches.count("_adjoint_strip_kernel") == 11
+    assert len(once) == 3 + 2 + 2 + 1 + 1 + 2 + 3 + 2 + 2 + 1 + 2
