@@ -14,8 +14,12 @@ At padding K is one and a scaling zero: no sum is zero but in an item without ma
 import triton
 import triton.language as tl
 
-from .attend import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE
 from .rounds import LN2, RANGE32, RANGE64, divide, log_scale, log_weights
+
+# As in attend.py, whose other code is none of this kernel's.
+HISTORY_NONE = tl.constexpr(0)
+HISTORY_LAST = tl.constexpr(1)
+HISTORY_ALL = tl.constexpr(2)
 
 
 @triton.jit
@@ -32,14 +36,14 @@ def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_marginals(
-    a_ptr, b_ptr, first, left, N, M,
+    a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
     lanes = tl.arange(0, ITEMS)[None, :]
     rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
-    a, total_a = load_weights(a_ptr, first * N + lanes * N + rows, (rows < N) & (lanes < left), DTYPE)
-    b, total_b = load_weights(b_ptr, first * M + lanes * M + columns, (columns < M) & (lanes < left), DTYPE)
+    a, total_a = load_weights(a_ptr, first * N + (lanes * N + rows * step), (rows < N) & (lanes < left), DTYPE)
+    b, total_b = load_weights(b_ptr, first * M + (lanes * M + columns * step), (columns < M) & (lanes < left), DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
     total_a, total_b = tl.where(has_mass, total_a, 1.0), tl.where(has_mass, total_b, 1.0)
     a = tl.where((a != 0) & has_mass[None, :], a / total_a[None, :], 0.0)
@@ -48,12 +52,16 @@ def load_marginals(
 
 
 @triton.jit
-def entries_at(first, left, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr):
-    """Offsets of the items' entries [BLOCK_N, BLOCK_M, ITEMS], and which of them exist."""
+def entries_at(first, left, N, M, step, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr):
+    """Offsets of the items' entries [BLOCK_N, BLOCK_M, ITEMS], and which of them exist.
+
+    ``step`` is one. Where the compiler does not know that, it sees no neighbours among the entries of an item, and
+    leaves the item to its thread; where it does, N and M are known too, and a thread reads several entries at once.
+    """
     rows, columns = tl.arange(0, BLOCK_N)[:, None, None], tl.arange(0, BLOCK_M)[None, :, None]
     lanes = tl.arange(0, ITEMS)[None, None, :]
     inside = (rows < N) & (columns < M) & (lanes < left)
-    return first * (N * M) + (lanes * (N * M) + (rows * M + columns)), inside
+    return first * (N * M) + (lanes * (N * M) + (rows * M + columns * step)), inside
 
 
 @triton.jit
@@ -233,23 +241,24 @@ def log_rounds(
     return K * u[:, None, :] * v[None, :, :], log_u + log_weights(u), log_v + log_weights(v), u * rows, rounds
 
 
-@triton.jit(do_not_specialize=["B", "N", "M", "num_iters"])
+@triton.jit(do_not_specialize=["B", "N", "M", "step", "num_iters"])
 def _small_fwd_kernel(
     cost_ptr, a_ptr, b_ptr, plan_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
-    B, N, M, scale: tl.float64, num_iters, tol: tl.float64,
-    EXACT: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr,
+    B, N, M, step, scale: tl.float64, num_iters, tol: tl.float64,
+    STOPS: tl.constexpr, HISTORY: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Programs (items p ITEMS … (p + 1) ITEMS - 1). EXACT: N and M are BLOCK_N and BLOCK_M, which the compiler is then
-    to know: it reads several entries at once."""
+    """Programs (items p ITEMS … (p + 1) ITEMS - 1). EXACT: N and M are BLOCK_N and BLOCK_M; ``entries_at`` says why."""
     DTYPE: tl.constexpr = tl.float64 if cost_ptr.dtype.element_ty == tl.float64 else tl.float32
     if EXACT:
-        N, M = BLOCK_N, BLOCK_M
+        N, M, step = BLOCK_N, BLOCK_M, 1
     first = tl.program_id(0).to(tl.int64) * ITEMS
     left = tl.minimum(B - first, ITEMS).to(tl.int32)
     lanes = tl.arange(0, ITEMS)
-    a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, first, left, N, M, BLOCK_N, BLOCK_M, ITEMS, DTYPE)
-    at, _ = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+    a, b, total_a, total_b, has_mass = load_marginals(
+        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, DTYPE
+    )
+    at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
     L, poison = log_kernel(cost_ptr, at, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
@@ -267,8 +276,8 @@ def _small_fwd_kernel(
     log_u, log_v, rows = log_weights(u) - shift[None, :], log_weights(v), u * rows
     if is_any(~one_piece):
         # Read again: kept through the rounds, it would cost as many registers as K.
-        at, _ = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
-        L, _ = log_kernel(cost_ptr, at, live, scale, DTYPE)
+        at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
+        L, _again = log_kernel(cost_ptr, at, live, scale, DTYPE)
         other_plan, other_u, other_v, other_rows, other_rounds = log_rounds(
             L, live, a, b, ~one_piece, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
         )
@@ -280,10 +289,10 @@ def _small_fwd_kernel(
     f = tl.where(a == 0, float("-inf"), log_u * unit) + poison[None, :]
     g = tl.where(b == 0, float("-inf"), log_v * unit) + poison[None, :]
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
-    tl.store(f_ptr + first * N + (lanes[None, :] * N + n), f, mask=(n < N) & (lanes < left)[None, :])
-    tl.store(g_ptr + first * M + (lanes[None, :] * M + m), g, mask=(m < M) & (lanes < left)[None, :])
+    tl.store(f_ptr + first * N + (lanes[None, :] * N + n * step), f, mask=(n < N) & (lanes < left)[None, :])
+    tl.store(g_ptr + first * M + (lanes[None, :] * M + m * step), g, mask=(m < M) & (lanes < left)[None, :])
     error = tl.where(has_mass, tl.sum(tl.abs(rows - a), 0), 0.0) + poison
     tl.store(error_ptr + first + lanes, error, mask=lanes < left)
     tl.store(rounds_ptr + first + lanes, tl.where(has_mass, rounds, 0), mask=lanes < left)
-    at, inside = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+    at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     tl.store(plan_ptr + at, tl.where(live, plan, 0.0) + poison[None, None, :], mask=inside)

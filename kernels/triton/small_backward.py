@@ -7,9 +7,17 @@ scalings that a round began with; what else a round made is made again from them
 import triton
 import triton.language as tl
 
-from .attend_backward import IMPLICIT, UNROLL, inverse
 from .rounds import divide
 from .small import column_sums, entries_at, is_any, load_marginals, log_kernel, row_sums
+
+UNROLL = tl.constexpr(1)
+IMPLICIT = tl.constexpr(2)
+
+
+@triton.jit
+def inverse(values):
+    """1 / values, zero where they are zero."""
+    return tl.where(values == 0, 0.0, 1.0 / tl.where(values == 0, 1.0, values))
 
 
 @triton.jit
@@ -155,36 +163,38 @@ def implicit(plan, d_log_u, d_log_v, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def store_weight_gradient(
-    grad_ptr, grad, weights, total, poison, first, left, size, BLOCK: tl.constexpr, ITEMS: tl.constexpr
+    grad_ptr, grad, weights, total, poison, first, left, size, step, BLOCK: tl.constexpr, ITEMS: tl.constexpr
 ):  # fmt: skip
     """Through the division by the sum; zero weights are padding, and get no gradient."""
     index, lanes = tl.arange(0, BLOCK)[:, None], tl.arange(0, ITEMS)[None, :]
     grad = tl.where(weights == 0, 0.0, grad)
     grad = (grad - tl.sum(grad * weights, 0)[None, :]) / total[None, :]
     grad = tl.where(weights == 0, 0.0, grad + poison[None, :])
-    at = first * size + (lanes * size + index)
+    at = first * size + (lanes * size + index * step)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=(index < size) & (lanes < left))
 
 
-@triton.jit(do_not_specialize=["B", "N", "M"])
+@triton.jit(do_not_specialize=["B", "N", "M", "step"])
 def _small_bwd_kernel(
     cost_ptr, a_ptr, b_ptr, rounds_ptr, history_ptr, grad_plan_ptr, grad_f_ptr, grad_g_ptr,
-    grad_cost_ptr, grad_a_ptr, grad_b_ptr, B, N, M, scale: tl.float64,
-    EXACT: tl.constexpr, STOPS: tl.constexpr, MODE: tl.constexpr,
+    grad_cost_ptr, grad_a_ptr, grad_b_ptr, B, N, M, step, scale: tl.float64,
+    STOPS: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Programs as in the forward. A gradient that comes in as None is zero; one that goes out as None is not wanted."""
     DTYPE: tl.constexpr = tl.float64 if cost_ptr.dtype.element_ty == tl.float64 else tl.float32
     if EXACT:
-        N, M = BLOCK_N, BLOCK_M
+        N, M, step = BLOCK_N, BLOCK_M, 1
     first = tl.program_id(0).to(tl.int64) * ITEMS
     left = tl.minimum(B - first, ITEMS).to(tl.int32)
     lanes = tl.arange(0, ITEMS)
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
-    a, b, total_a, total_b, _ = load_marginals(a_ptr, b_ptr, first, left, N, M, BLOCK_N, BLOCK_M, ITEMS, DTYPE)
+    a, b, total_a, total_b, _has_mass = load_marginals(
+        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, DTYPE
+    )
     live_x, live_y = a != 0, b != 0
     live = live_x[:, None, :] & live_y[None, :, :]
-    at, inside = entries_at(first, left, N, M, BLOCK_N, BLOCK_M, ITEMS)
+    at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     L, poison = log_kernel(cost_ptr, at, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
     G = tl.zeros((BLOCK_N, BLOCK_M, ITEMS), DTYPE)
@@ -197,8 +207,8 @@ def _small_bwd_kernel(
         first_v = tl.where(one_piece[None, :] & live_y, 1.0, 0.0).to(DTYPE)
         v = load_kept(history_ptr, place, first_v, first, left, B, M, BLOCK_M, ITEMS)
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64))).to(DTYPE)  # f = log(u) / |scale|
-        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n), live_x, DTYPE, a)
-        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m), live_y, DTYPE, b)
+        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x, DTYPE, a)
+        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y, DTYPE, b)
         grad_plan = load_or_zero(grad_plan_ptr, at, live, DTYPE, L)
 
         # The last round again, then back from it: in scalings, and where the program has such items in logarithms.
@@ -215,7 +225,7 @@ def _small_bwd_kernel(
             )  # fmt: skip
         if has_others:
             log_a = tl.log2(tl.where(live_x, a, 1.0))
-            _, by_columns = softmaxes(L, live, log_a, v)
+            _by_rows, by_columns = softmaxes(L, live, log_a, v)
             other_plan = by_columns * b[None, :, :]
             plan = tl.where(one_piece[None, None, :], plan, other_plan)
             if MODE == UNROLL:
@@ -232,8 +242,8 @@ def _small_bwd_kernel(
             grad_a, grad_b = implicit(plan, tl.sum(G, 1) + sent_x, tl.sum(G, 0) + sent_y, BLOCK_M)
             G -= plan * (grad_a[:, None, :] + grad_b[None, :, :])
     if grad_a_ptr is not None:
-        store_weight_gradient(grad_a_ptr, grad_a, a, total_a, poison, first, left, N, BLOCK_N, ITEMS)
+        store_weight_gradient(grad_a_ptr, grad_a, a, total_a, poison, first, left, N, step, BLOCK_N, ITEMS)
     if grad_b_ptr is not None:
-        store_weight_gradient(grad_b_ptr, grad_b, b, total_b, poison, first, left, M, BLOCK_M, ITEMS)
+        store_weight_gradient(grad_b_ptr, grad_b, b, total_b, poison, first, left, M, step, BLOCK_M, ITEMS)
     grad = tl.where(live, G, 0.0) * tl.full((), scale, tl.float64).to(DTYPE) + poison[None, None, :]
     tl.store(grad_cost_ptr + at, grad.to(cost_ptr.dtype.element_ty), mask=inside)

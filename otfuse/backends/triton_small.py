@@ -13,13 +13,19 @@ from torch import Tensor
 
 from otfuse import fused_ops
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
-from otfuse.backends._triton_paths import solved_size, tile_side
+from otfuse.backends._triton_paths import SMALL_SIDE, solved_size, tile_side
 from otfuse.fused_ops import UNROLL
 
 WARP = 32  # lanes; where a warp has 64, an item takes twice as many of them
 
-# Bytes of a cost, widened, that a lane holds of an item. A backward holds two tiles.
-HELD = {"small": 256, "small_backward": 128}
+# Entries of a cost that a lane holds, by bytes of an entry: what leaves a forward no stack
+# (kernels/triton/resources.json). Weights and stops take registers besides, and so does a backward's second tile.
+HELD = {
+    "small": {4: 32, 8: 8},
+    "small, everything": {4: 8, 8: 2},
+    "small, backward": {4: 16, 8: 4},
+    "small, backward, everything": {4: 8, 8: 2},
+}
 
 
 def launch_sinkhorn_small(
@@ -30,10 +36,10 @@ def launch_sinkhorn_small(
     plan = torch.empty_like(cost)
     *solution, kept = new_like(_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device))
     if B > 0:
-        blocks = small_blocks("small", N, M, cost.dtype)
+        blocks = small_blocks(row_of("small", a, b, tol), N, M, cost.dtype, cost.device.type == "cpu")
         mode = 0 if not history else 2 if grad == UNROLL else 1  # attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL
-        options = {"EXACT": is_exact(N, M), "STOPS": tol > 0, "HISTORY": mode}
-        arguments = (cost, a, b, plan, *solution, kept if history else None, B, N, M, scale, num_iters, tol)
+        options = {"STOPS": tol > 0, "HISTORY": mode}
+        arguments = (cost, a, b, plan, *solution, kept if history else None, B, N, M, 1, scale, num_iters, tol)
         with on(cost.device):
             launch(_kernels().forward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
     return plan, *solution, kept.t()
@@ -47,26 +53,36 @@ def launch_sinkhorn_small_backward(
     cost, a, b = contiguous(cost, a, b)
     gradients = fused_ops.new_gradients(cost, a, b)
     if B > 0:
-        blocks = small_blocks("small_backward", N, M, cost.dtype)
-        options = {"EXACT": is_exact(N, M), "STOPS": tol > 0, "MODE": grad}
+        blocks = small_blocks(row_of("small, backward", a, b, tol), N, M, cost.dtype, cost.device.type == "cpu")
+        options = {"STOPS": tol > 0, "MODE": grad}
         arguments = (
             cost, a, b, *contiguous(rounds, history.t()), *sent(*grads), gradients[0], *map(wanted, gradients[1:]),
-            B, N, M, scale,
+            B, N, M, 1, scale,
         )  # fmt: skip
         with on(cost.device):
             launch(_kernels().backward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
     return gradients
 
 
-def small_blocks(kernel: str, N: int, M: int, dtype: torch.dtype) -> dict[str, int]:
-    """A warp a program; as many items as it has room for."""
+def small_blocks(kernel: str, N: int, M: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, int]:
+    """Of a row of HELD: a warp a program, with as many items as it has room for; of a side of 16 lanes hold half.
+
+    EXACT, where N and M are powers of two: a lane reads four entries of a row at once, if the lanes of an item are
+    enough to hold a row in this way.
+    """
     BLOCK_N, BLOCK_M = tile_side(N, 2), tile_side(M, 2)
-    lanes = max(1, BLOCK_N * BLOCK_M * solved_size(dtype) // HELD[kernel])  # of an item
-    return {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "ITEMS": max(1, WARP // lanes), "num_warps": 1, "num_stages": 1}
+    held = HELD[kernel][solved_size(dtype)] // (2 if max(BLOCK_N, BLOCK_M) == SMALL_SIDE else 1)
+    lanes = max(1, BLOCK_N * BLOCK_M // held)  # of an item
+    items, warps = max(1, WARP // lanes), max(1, lanes // WARP)
+    if interpreted:  # a step costs the interpreter the same, whatever it holds
+        items = WARP
+    exact = (N, M) == (BLOCK_N, BLOCK_M) and 4 * lanes >= M
+    sizes = {"EXACT": exact, "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "ITEMS": items}
+    return {**sizes, "num_warps": warps, "num_stages": 1}
 
 
-def is_exact(N: int, M: int) -> bool:
-    return tile_side(N, 2) == N and tile_side(M, 2) == M
+def row_of(kernel: str, a: Tensor | None, b: Tensor | None, tol: float) -> str:
+    return kernel if a is None and b is None and tol <= 0 else f"{kernel}, everything"
 
 
 @lru_cache(maxsize=4096)
