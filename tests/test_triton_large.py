@@ -265,8 +265,8 @@ def test_two_launches_a_round(launches):
 def test_offsets_beyond_32_bits():
     """N M of more than 2^31: the last row has been read, and its plan written."""
     side = 46400
-    cost = torch.zeros(1, side, side, dtype=torch.float16, device="cuda")
-    cost[0, -1, -1] = 1
+    cost = torch.zeros(1, side, side, dtype=torch.bfloat16, device="cuda")
+    cost[0, -1] = 1
     out = otfuse.sinkhorn(cost, 0.5, num_iters=1, backend="triton")
-    assert abs(float(out.f[0, -1] - out.f[0, 0]) / 0.5 * side - (1 - torch.exp(torch.tensor(-2.0)))) < 0.1
-    assert float(out.plan[0, -1, -2]) > 0 and float(out.plan[0, -1, -1]) < 0.2 * float(out.plan[0, -1, -2])
+    assert abs(float(out.f[0, -1] - out.f[0, 0]) - 1) < 1e-4
+    assert abs(float(out.plan[0, -1, -1]) * side**2 - 1) < 0.01
