@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
 from otfuse.backends.triton_large import ATTENDED, LINES, WHOLE_LINES, blocks_of
+from otfuse.backends.triton_small import HELD, small_blocks
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 RESOURCES = KERNELS / "resources.json"
@@ -77,6 +78,8 @@ _TOKENS = {"COSINE": True, "BARYCENTRIC": False, "PRECISION": "ieee"}
 _COST = {"COSINE": False, "BARYCENTRIC": False, "PRECISION": "ieee"}
 _FORWARD = ("attend", "_attend_fwd_kernel", "forward")
 _BACKWARD = ("attend_backward", "_attend_bwd_kernel", "backward")
+_SMALL = ("small", "_small_fwd_kernel")
+_SMALL_BACKWARD = ("small_backward", "_small_bwd_kernel")
 _LOSS = {"ASSIGNMENT": 0, "CONTRAST": 0, "MEAN": True, "PRECISION": "ieee"}
 
 # Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": triton_large.blocks_of) is what is configured.
@@ -224,6 +227,19 @@ VARIANTS = {
         "normaliser_ptr grad_terms_ptr",
         _LOSS,
     ),
+    "small": Variant(*_SMALL, "small", "cost_ptr plan_ptr", _SOLUTION, {"STOPS": False, "HISTORY": 2}),
+    "small, everything": Variant(
+        *_SMALL, "small, everything", _WEIGHTS + "cost_ptr plan_ptr", _SOLUTION, {"STOPS": True, "HISTORY": 1}, False
+    ),
+    "small, backward": Variant(
+        *_SMALL_BACKWARD, "small, backward", "cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr",
+        {"STOPS": False, "MODE": 1},
+    ),
+    "small, backward, everything": Variant(
+        *_SMALL_BACKWARD, "small, backward, everything",
+        _WEIGHTS + "grad_a_ptr grad_b_ptr cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr grad_f_ptr grad_g_ptr",
+        {"STOPS": True, "MODE": 1}, False,
+    ),
     **STREAMING,
 }  # fmt: skip
 
@@ -234,6 +250,11 @@ _OTHERS = [(256, 32), (32, 256), (64, 128)]
 OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
 OF_A_COST = [(256, 64), (64, 256)]  # as tokens these do not fit
 SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
+
+# Of the kernels for many small costs: a square of every class; in float32 the forward of the other pairs of sides too.
+SMALL_SIDES = (2, 4, 8, 16)
+SMALL_SQUARES = [(side, side) for side in SMALL_SIDES]
+SMALL_OTHERS = [(N, M) for N in SMALL_SIDES for M in SMALL_SIDES if N != M]
 
 # The other variants: in two dtypes and two classes, but for the forward with a cost, which is in all that it solves in.
 SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
@@ -257,6 +278,10 @@ def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
             return []  # what sees no tokens is launched in the dtypes of the solve only
         blocks = streaming_blocks(variant, dtype)
         return [(blocks.get("BLOCK_N", blocks.get("BLOCK")), blocks.get("BLOCK_M", 1))]
+    if variant.configured in HELD:
+        if not variant.everywhere:
+            return SMALL_SQUARES if dtype in ("float64", "float32") else []
+        return SMALL_SQUARES + (SMALL_OTHERS if (variant.configured, dtype) == ("small", "float32") else [])
     sizes = CLASSES[variant.configured][dtype]
     if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
         return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
@@ -271,7 +296,7 @@ def must_not_spill(row: Row) -> bool:
     """Forward kernels never; what a backward kernel spills is pinned by the table."""
     if row.variant in STREAMING:
         return VARIANTS[row.variant].module == "streaming"
-    return VARIANTS[row.variant].configured == "forward"
+    return VARIANTS[row.variant].configured in ("forward", "small", "small, everything")
 
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
@@ -289,6 +314,9 @@ def configured(row: Row) -> dict[str, int]:
     """What the committed table launches it with."""
     if row.variant in STREAMING:
         return streaming_blocks(VARIANTS[row.variant], row.dtype)
+    if row.variant in HELD:
+        blocks = small_blocks(row.variant, *row.tile, getattr(torch, row.dtype))
+        return blocks | {"EXACT": blocks["EXACT"] and VARIANTS[row.variant].everywhere}
     # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
     dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
     return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
@@ -422,7 +450,9 @@ def is_current(row: Row, table: dict[str, Any]) -> bool:
 
 
 def _steps(row: Row) -> list[int]:
-    return [configured(row).get(name, 0) for name in ("BLOCK_D", "num_warps", "num_stages")]
+    """With what it is launched: BLOCK_D, or of small costs the items; warps and stages."""
+    blocks = configured(row)
+    return [blocks.get("BLOCK_D", blocks.get("ITEMS", 0)), blocks["num_warps"], blocks["num_stages"]]
 
 
 def sources_of(row: Row) -> str:
@@ -443,6 +473,8 @@ def sources_hash(kernel: str) -> str:
 
 def _on_chip_modules(kernel: str) -> tuple[str, ...]:
     modules = ("rounds", "loss") if kernel.startswith("loss") else ("rounds", "attend", "attend_backward")
+    if kernel in HELD:
+        modules = ("rounds", "small", "small_backward") if "backward" in kernel else ("rounds", "small")
     if kernel in ("forward", "similarity"):
         modules = modules[:2]
     return modules
@@ -456,7 +488,7 @@ def _hash_of(modules: Sequence[str]) -> str:
 
 
 def sources_hashes() -> dict[str, str]:
-    return {kernel: sources_hash(kernel) for kernel in (*CLASSES, "streaming", "streaming_backward")}
+    return {kernel: sources_hash(kernel) for kernel in (*CLASSES, *HELD, "streaming", "streaming_backward")}
 
 
 def load_table() -> dict[str, Any]:
@@ -478,7 +510,7 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
             blocks.append(f"      {json.dumps(dtype)}: {{\n" + ",\n".join(lines) + "\n      }")
         variants.append(f"    {json.dumps(variant)}: {{\n" + ",\n".join(blocks) + "\n    }")
     head = {
-        "note": "Registers and bytes of stack a thread, bytes of shared memory; and with what: BLOCK_D, warps, stages.",
+        "note": "Registers and bytes of stack a thread, bytes of shared memory; and BLOCK_D or items, warps, stages.",
         "triton": triton.__version__,
         "sources": sources,
     }

@@ -36,7 +36,7 @@ ANEW = (
     Row("similarity", "float64", (64, 64), "gfx942"),
     Row("loss", "float32", (32, 32), "sm_90"),
     Row("loss, backward", "bfloat16", (32, 32), "sm_100"),
-    Row("streaming: strip, tokens", "bfloat16", (64, 64), "sm_90"),
+    Row("streaming: strip, tokens", "bfloat16", (32, 64), "sm_90"),
     Row("streaming: plan, cost", "float16", (16, 256), "sm_100"),
     Row("streaming: attend, similarity", "float32", (32, 32), "sm_80"),
     Row("streaming, backward: start", "bfloat16", (32, 32), "sm_100"),

@@ -259,3 +259,14 @@ def test_two_launches_a_round(launches):
     assert len(launches) == len(once) + 10 * 4
     assert launches.count("_strip_kernel") == 11 + 3 and launches.count("_adjoint_strip_kernel") == 11
     assert len(once) == 3 + 2 + 2 + 1 + 1 + 2 + 3 + 2 + 2 + 1 + 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offsets_beyond_32_bits():
+    """N M of more than 2^31: the last row has been read, and its plan written."""
+    side = 46400
+    cost = torch.zeros(1, side, side, dtype=torch.bfloat16, device="cuda")
+    cost[0, -1] = 1
+    out = otfuse.sinkhorn(cost, 0.5, num_iters=1, backend="triton")
+    assert abs(float(out.f[0, -1] - out.f[0, 0]) - 1) < 1e-4
+    assert abs(float(out.plan[0, -1, -1]) * side**2 - 1) < 0.01

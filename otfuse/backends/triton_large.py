@@ -28,8 +28,8 @@ WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
 # there: 16 rows of 4096 columns in float32 are 256 KiB, which 132 multiprocessors have 34 MB of. Tiles of tokens are
 # large, for the tensor cores, which also multiply plans ("attend") and what comes back ("gradient").
 BLOCKS = {
-    "matrix": {2: (16, 256, 4, 2), 4: (16, 256, 4, 2), 8: (16, 128, 4, 2)},
-    "tokens": {2: (64, 64, 8, 2), 4: (64, 64, 8, 2), 8: (32, 32, 8, 2)},
+    "matrix": {2: (16, 256, 4, 2), 4: (16, 256, 4, 2), 8: (16, 64, 4, 2)},
+    "tokens": {2: (32, 64, 4, 2), 4: (64, 64, 8, 2), 8: (32, 32, 8, 1)},
     "attend": {2: (64, 64, 8, 2), 4: (32, 32, 4, 2), 8: (16, 32, 4, 2)},
     "gradient": {2: (32, 32, 4, 1), 4: (32, 32, 4, 1), 8: (16, 16, 4, 1)},
 }
@@ -75,8 +75,8 @@ ROUND, START, STEP, END = range(4)
 class Solve:
     """A batch under way: what is streamed, and the state of the rounds.
 
-    Every tensor that a launch here needs beyond inputs and outputs is made here: O(B (N + M)) numbers, B P M for the
-    strips' parts of the sums over columns, and B N M in one case only, tokens on the path STORED.
+    What a launch needs beyond inputs and outputs is made here and in Adjoint: O(B T (N + M)) numbers, B P M for the
+    strips' parts of the sums over columns, and B N M in one case only, for tokens on the path STORED.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class Solve:
         return blocks_of("tokens" if self.matrix is None else "matrix", self.tokens)
 
     def launch(self, kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], constants: Any) -> None:
-        launch(kernel, programs, arguments, constants, self.device)
+        if 0 not in programs:  # tokens without features
+            launch(kernel, programs, arguments, constants, self.device)
 
     def row_programs(self, BLOCK_N: int) -> int:
         return self.B * -(-self.N // BLOCK_N)
@@ -221,7 +222,7 @@ def launch_attend_large(
     num_iters: int, tol: float, keep: int, stored: bool, precision: str,
     x_out: Tensor, y_out: Tensor, plan: Tensor, similarity: Tensor, solution: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous, the device current.
+    """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous.
 
     ``stored``: the similarity is made once and read in every round. ``keep`` is streaming.HISTORY_NONE,
     HISTORY_LAST or HISTORY_ALL.
