@@ -176,9 +176,10 @@ def alignment_figure(
         }
     ):
         figure = Figure(figsize=(16, 9), dpi=100, facecolor="white")
-        figure.text(0.06, 0.955, title, fontsize=22, fontweight="bold", va="center")
-        figure.text(0.06, 0.912, caption, va="center")
-        figure.text(0.06, 0.025, footnote, fontsize=11.5, va="center")
+        # What stands between two dollar signs is no formula: these are captions and names of files.
+        figure.text(0.06, 0.955, title, fontsize=22, fontweight="bold", va="center", parse_math=False)
+        figure.text(0.06, 0.912, caption, va="center", parse_math=False)
+        figure.text(0.06, 0.025, footnote, fontsize=11.5, va="center", parse_math=False)
         width, split = (0.64, (0.245, 0.605)) if plan is not None else (0.92, (0.4, 0.5))
         top = figure.add_axes((0.06, split[1], width, 0.84 - split[1]))
         bottom = figure.add_axes((0.06, 0.07, width, split[0] - 0.07))

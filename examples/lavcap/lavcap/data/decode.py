@@ -28,8 +28,7 @@ NUM_FRAMES = SECONDS * FRAMES_PER_SECOND
 SHORTEST = 1.0  # seconds of sound, and of picture, below which a clip is dropped
 READ_THROUGH = 64 << 20  # bytes of a file, more than ten seconds have
 HOLE = 0.05  # seconds between two pieces of sound that count as a hole
-# What FFmpeg makes of text and of lists of files. Nothing that a list names is opened: see _open.
-NOT_MEDIA = frozenset({"tty", "srt", "webvtt", "ass", "lrc", "hls", "dash", "concat", "sdp", "ffmetadata"})
+NOT_MEDIA = frozenset({"tty", "srt", "webvtt", "ass", "hls", "dash", "concat"})  # FFmpeg's names of texts and lists
 
 
 class Reason(Enum):
@@ -123,7 +122,7 @@ def _read_through(path: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    """Titles are in whatever code their author had; what a file names, on a disk or in a network, is not opened."""
+    """Titles are in whatever code their author had; addresses in a network that a file names are not asked."""
     return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
 
 
