@@ -1,7 +1,7 @@
 """What an evaluation leaves behind beside captions and scores: where it came from, and the plans of its fusion.
 
-    evaluation.json     checkpoint, prepared set, split, config
-    plans.safetensors   of each clip, by its id: the plan [N, M] that its caption was written from
+evaluation.json     checkpoint, prepared set, split, config
+plans.safetensors   of each clip, by its id: the plan [N, M] that its caption was written from
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 def _find(folder: Path) -> Path:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: name a run of lavcap train, or a folder that lavcap evaluate wrote")
+        raise FileNotFoundError(f"no folder {folder}: name a run of lavcap train or an evaluation")
     candidates = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("checkpoint-*/*"))]
     found = [path for path in candidates if (path / CAPTIONS).is_file()]
     if not found:

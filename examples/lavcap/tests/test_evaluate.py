@@ -9,18 +9,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lavcap.captioner import load_captioner
-from lavcap.checkpoint import CONFIG, TOKENIZER, load_checkpoint, save_trained
+from lavcap.checkpoint import load_checkpoint
 from lavcap.cli import main
-from lavcap.config_file import save_config
 from lavcap.data.dataset import PreparedDataset
 from lavcap.data.sample import collate
 from lavcap.data.shards import open_split
 from lavcap.evaluate import caption_batch, caption_clips
 from lavcap.evaluation import read_evaluation
-from lavcap.language import build_tokenizer
 from lavcap.visual import visual_fingerprint
-from small import WORDS, Clips, small_config
+from small import Clips, small_config, write_checkpoint
 
 import otfuse
 
@@ -37,9 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A checkpoint of random weights, and a prepared split of noise."""
     place = Place(tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("prepared"))
     config = small_config(place.checkpoint)
-    tokenizer = build_tokenizer(config.language, [" ".join(WORDS)], folder=place.checkpoint / TOKENIZER)
-    save_trained(load_captioner(config, tokenizer), place.checkpoint)
-    save_config(config, place.checkpoint / CONFIG)
+    write_checkpoint(place.checkpoint, config)
     fingerprint = visual_fingerprint(config.visual)
     settings = {"num_candidates": NUM_CLIPS, "clips_per_shard": 2, "visual": fingerprint}
     with open_split(place.data / "test", settings) as writer:

@@ -57,6 +57,9 @@ class Needs(NamedTuple):
     picture: bool = True
 
 
+BOTH = Needs()
+
+
 class DecodedClip(NamedTuple):
     """Sound, of which peaks above 1 are kept, and what is on the screen every 1 / FRAMES_PER_SECOND seconds."""
 
@@ -65,7 +68,7 @@ class DecodedClip(NamedTuple):
     file_seconds: float | None = None  # how long the file says it is, from the clip's beginning on
 
 
-def decode_clip(path: Path, picture_size: int, needs: Needs = Needs()) -> DecodedClip | Dropped:
+def decode_clip(path: Path, picture_size: int, needs: Needs = BOTH) -> DecodedClip | Dropped:
     """The first SECONDS of a clip from the moment at which both sound and picture have begun, or why there is none.
 
     Raises:
@@ -101,7 +104,7 @@ def _decode(path: Path, picture_size: int, needs: Needs) -> DecodedClip | Droppe
         return Dropped(Reason.UNREADABLE, "the sound holds NaN or infinity")
     pictures = [] if picture is None else _read_pictures(path, picture.number, start, picture_size)
     heard, seen = len(waveform) / SAMPLE_RATE, len(pictures) / FRAMES_PER_SECOND
-    if needs.sound and heard < SHORTEST or needs.picture and seen < SHORTEST:
+    if (needs.sound and heard < SHORTEST) or (needs.picture and seen < SHORTEST):
         return Dropped(Reason.TOO_SHORT, f"{heard:.2f} s of sound and {seen:.1f} s of picture together")
     stacked = np.reshape(pictures, (-1, picture_size, picture_size, 3)).astype(np.uint8, copy=False)
     return DecodedClip(waveform, stacked, None if file_end is None else file_end - start)
