@@ -166,7 +166,8 @@ def test_pictures_are_the_clips_and_the_plan_is_the_evaluations(place: Place, pa
         ratio = lift(plan)
         expected = colormaps["Blues"](LogNorm(1, 16)(ratio.clip(1, 16)))[..., :3]
         assert np.abs(picture(attributes["src"]) / 255 - expected).max() < 0.003
-        row, column = np.unravel_index((plan - torch.outer(plan.sum(1), plan.sum(0))).argmax(), plan.shape)
+        best = int((plan - torch.outer(plan.sum(1), plan.sum(0))).argmax())
+        row, column = divmod(best, plan.shape[1])
         strongest = (
             f"sound at {0.075 + 0.16 * row:.1f} s with picture at {column / 2:.1f} s, {ratio[row, column]:.1f} times"
         )
@@ -255,7 +256,7 @@ def test_sorting_by_every_column(opened: Page) -> None:
         "BLEU-4": [dog_10, wind, dog_2, odd],  # equals stay in the set's order
         "CIDEr-D": [dog_2, wind, odd, dog_10],
     }.items():
-        head = opened.get_by_role("columnheader", name=column)
+        head = opened.locator("#table").get_by_role("columnheader", name=column)
         head.get_by_role("button").click()
         first = head.get_attribute("aria-sort")
         assert first == ("ascending" if column in ("clip", "caption") else "descending")
