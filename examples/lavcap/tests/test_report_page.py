@@ -73,7 +73,7 @@ def evaluation(folder: Path, config: Config, plans: dict[str, torch.Tensor]) -> 
         "conditions": {},
     }
     (folder / "scores.json").write_text(json.dumps(report))
-    write_origin(folder, Origin("runs/<one>", str(folder.parent / "prepared"), "test", config, plans))
+    write_origin(folder, Origin("/home/me/runs/<one>", str(folder.parent / "prepared"), "test", config, plans))
     return folder
 
 
@@ -148,6 +148,8 @@ def test_the_file_holds_every_clip(place: Place, path: Path) -> None:
     expected = [value for values in zip(*SCORES.values()) for value in values]
     assert [float(value or "nan") for value, _ in cells] == expected
     assert [text for _, text in cells] == [percent(value) for value in expected] == [t for _, t in page.find("dd")]
+    codes = [text for _, text in page.find("code")]
+    assert codes == ["prepared/test", "runs/<one>", "ot_att"]  # the ends of paths
     assert page.find("h1")[0][1] == "checkpoint-3 <i>, test"
     assert any("no <jar>" in text for _, text in page.find("p"))
     assert path.stat().st_size < 150_000

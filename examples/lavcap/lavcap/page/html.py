@@ -62,11 +62,16 @@ def page(evaluation: Evaluation, clips: Sequence[ShownClip]) -> str:
 
 def _origin(evaluation: Evaluation, count: int) -> str:
     origin = evaluation.origin
-    checkpoint, data = escape(one_line(origin.checkpoint)), escape(f"{origin.data}/{origin.split}")
+    checkpoint, data = (escape(_end(path)) for path in (origin.checkpoint, f"{origin.data}/{origin.split}"))
     return (
         f"<p>{count} clip{'' if count == 1 else 's'} of <code>{data}</code>, captioned by <code>{checkpoint}</code>, "
         f"fusion <code>{escape(origin.config.fusion.kind)}</code>.</p>"
     )
+
+
+def _end(path: str) -> str:
+    """Enough to tell one from another; the page may go where nobody need know how its author's folders are called."""
+    return one_line("/".join(path.rstrip("/").split("/")[-2:]))
 
 
 def _overall(report: dict[str, Any]) -> str:
