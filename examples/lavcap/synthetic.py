@@ -20,10 +20,10 @@ NAMES = ("disc", "square", "triangle", "cross")
 DEEDS = ("hums low", "beeps high", "chirps upwards", "hisses")
 
 
-def write_clips(folder: Path) -> Path:
-    """Six clips ``<first>-<second>_0.mp4``, and ``captions.csv`` in AudioCaps' format; returns the latter."""
+def write_clips(folder: Path, count: int = 6) -> Path:
+    """Up to six clips ``<first>-<second>_0.mp4``, and ``captions.csv`` in AudioCaps' format; returns the latter."""
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = list(permutations(range(len(KINDS)), 2))[::2]
+    pairs = list(permutations(range(len(KINDS)), 2))[::2][:count]
     rows = []
     for number, (first, second) in enumerate(pairs):
         name = f"{NAMES[first]}-{NAMES[second]}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 120_000  # milliseconds: a busy machine is no failure
+PATIENCE = 300_000  # milliseconds: a busy machine is no failure
 
 
 @contextmanager

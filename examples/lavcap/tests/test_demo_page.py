@@ -101,7 +101,14 @@ def drop(page: Page, path: Path) -> None:
     page.locator("#video input[type=file]").set_input_files(path)
 
 
-def test_a_dropped_video_is_captioned_beside_its_alignment(page: Page, demo: Demo, tmp_path: Path) -> None:
+def test_files_are_dropped(page: Page, demo: Demo, tmp_path: Path) -> None:
+    """In one test: run side by side, two would start the command twice."""
+    a_video_is_captioned_beside_its_alignment(page, demo, tmp_path)
+    a_bad_file_gets_a_message_and_the_page_goes_on(page, tmp_path)
+    assert demo.outside.asked == []
+
+
+def a_video_is_captioned_beside_its_alignment(page: Page, demo: Demo, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 3.0)
     captioner = FileCaptioner(load_checkpoint(demo.checkpoint))
     (result,) = captioner.caption([clip])
@@ -123,10 +130,9 @@ def test_a_dropped_video_is_captioned_beside_its_alignment(page: Page, demo: Dem
     shown = np.asarray(Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB"))
     assert shown.shape == picture.shape
     assert np.abs(shown.astype(int) - picture).mean() < 0.1  # of 255: the very picture of this clip's plan
-    assert demo.outside.asked == []
 
 
-def test_bad_files_get_a_message_and_the_page_goes_on(page: Page, demo: Demo, tmp_path: Path) -> None:
+def a_bad_file_gets_a_message_and_the_page_goes_on(page: Page, tmp_path: Path) -> None:
     (tmp_path / "minutes.txt").write_text("minutes of a meeting\n" * 50)
     mute = write_clip(tmp_path / "mute.mp4", sound=None)
     for path, message in {tmp_path / "minutes.txt": "cannot be read as sound and picture", mute: "no sound"}.items():

@@ -84,7 +84,7 @@ def decode_clip(path: Path, picture_size: int, needs: Needs = BOTH) -> DecodedCl
 def _decode(path: Path, picture_size: int, needs: Needs) -> DecodedClip | Dropped:
     with _open(path) as container:
         if NOT_MEDIA & set(container.format.name.split(",")):
-            return Dropped(Reason.UNREADABLE, f"it is a text or a list of files ({container.format.name}), not media")
+            return Dropped(Reason.UNREADABLE, f"a text or a list of files, '{container.format.name}'")
         sound_streams, picture_streams = (_usable(container, kind) for kind in ("audio", "video"))
         described = ", ".join(_describe(stream) for stream in container.streams) or "none"
         file_end = _end(container)
@@ -125,8 +125,7 @@ def _read_through(path: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    """Titles are in whatever code their author had; addresses in a network that a file names are not asked."""
-    return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    return av.open(str(path), metadata_errors="replace")  # titles are in whatever code their author had
 
 
 class _Stream(NamedTuple):
