@@ -49,7 +49,9 @@ class Evaluation(NamedTuple):
 def write_origin(folder: Path, origin: Origin) -> None:
     what = {"checkpoint": origin.checkpoint, "data": origin.data, "split": origin.split}
     write_whole(folder / ORIGIN, json.dumps(what | {"config": config_to_dict(origin.config)}, indent=1) + "\n")
-    (folder / PLANS).write_bytes(save({clip_id: plan.contiguous() for clip_id, plan in origin.plans.items()}))
+    temporary = folder / f".{PLANS}.tmp"
+    temporary.write_bytes(save({clip_id: plan.contiguous() for clip_id, plan in origin.plans.items()}))
+    temporary.replace(folder / PLANS)
 
 
 def read_evaluation(folder: Path) -> Evaluation:

@@ -301,13 +301,20 @@ def test_what_is_refused(
     assert status == 2 and "--set audio.size=base: a trained captioner is as it is" in err
     status, _, err = run(capsys, clips[0], "--checkpoint", checkpoint, "--out", clips[0])
     assert status == 2 and "no such folder can be made" in err
+    status, _, err = run(capsys, clips[0], "--checkpoint", checkpoint, "--json", tmp_path)
+    assert status == 2 and "a folder; name a file" in err
 
 
-def test_files_of_one_name_get_pictures_of_their_own(
+def test_pictures_are_named_after_their_files(
     checkpoint: Path, clips: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, found = as_json(capsys, clips[0], clips[0], "--checkpoint", checkpoint, "--out", tmp_path)
-    assert status == 0 and [Path(clip["picture"]).name for clip in found["clips"]] == [
-        "clip_0.mkv.png",
-        "clip_0.mkv-2.png",
-    ]
+    """Also two of one name, one in no code that can be printed, and one that is as long as a name may be."""
+    odd, long = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mkv")), tmp_path / f"{'é' * 125}.mkv"
+    for path in (odd, long):
+        path.symlink_to(clips[0])
+    out, report = tmp_path / "out", tmp_path / "found.json"
+    files = [clips[0], clips[0], odd, long]
+    assert run(capsys, *files, "--checkpoint", checkpoint, "--out", out, "--json", report)[0] == 0
+    names = [Path(clip["picture"]).name for clip in json.loads(report.read_text(encoding="utf-8"))["clips"]]
+    assert names == ["clip_0.mkv.png", "clip_0.mkv-2.png", "caf\ufffd.mkv.png", f"{'é' * 100}.png"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)

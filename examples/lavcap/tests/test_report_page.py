@@ -208,6 +208,9 @@ def test_without_media_and_without_a_plan(place: Place, tmp_path: Path, capsys: 
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "dog_10: No pictures: 'lavcap report' was not given --media" in printed and f"{out}: 4 clips" in printed
+    (tmp_path / "empty").mkdir()
+    assert main([*command, "--media", str(tmp_path / "empty")]) == 0
+    assert "dog_10: No media file dog_10: --media names the folder that has it." in capsys.readouterr().out
     page = Parsed(out.read_text(encoding="utf-8"))
     assert [attributes["class"] for attributes, _ in page.find("img")] == ["sound"] and not page.find("svg")
     assert page.find("figcaption")[0][1] == "fusion visual_only has no transport plan: none is drawn"

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavcap.caption import Result
+    from lavcap.caption import FileCaptioner, Result
     from lavcap.config import Config
+
+
+LONGEST_NAME = 200  # bytes of a file's name that its picture's has: with more to it, no disk would take it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from lavcap.alignment import why_no_plan
     from lavcap.scoring.files import write_whole
 
-    if args.out is not None:
-        make_folder(args.out)
+    _check_targets(args)
     captioner = load_file_captioner(args)
     config = captioner.checkpoint.config
     results = _with_pictures(captioner.caption(args.videos), args.out, config)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     failures = sum(clip["error"] is not None for clip in told)
     has_plan = any(clip["marginal_error"] is not None for clip in told)
     if args.json is not None:
-        checkpoint = {"checkpoint": str(args.checkpoint), "fusion": config.fusion.kind}
+        checkpoint = {"checkpoint": shown(args.checkpoint), "fusion": config.fusion.kind}
         text = json.dumps(checkpoint | {"clips": told}, indent=1, ensure_ascii=False) + "\n"
         print(text, end="") if args.json == "-" else write_whole(Path(args.json), text)
     if failures < len(told) and not has_plan:
@@ -56,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def load_file_captioner(args: argparse.Namespace) -> Any:
-    """The :class:`lavcap.caption.FileCaptioner` of the arguments.
+def load_file_captioner(args: argparse.Namespace) -> FileCaptioner:
+    """What :func:`add_checkpoint_arguments` asked for.
 
     Raises:
         ValueError, FileNotFoundError: no checkpoint, or a setting that a trained captioner does not take.
@@ -75,11 +77,17 @@ def load_file_captioner(args: argparse.Namespace) -> Any:
     return FileCaptioner(load_checkpoint(folder, args.device or default_device()), generation)
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {folder}: no such folder can be made ({error.strerror}); name another") from error
+def _check_targets(args: argparse.Namespace) -> None:
+    """Before hours of captioning, not after."""
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--out {args.out}: no such folder can be made ({error.strerror}); name another"
+            ) from error
+    if args.json not in (None, "-") and Path(args.json).is_dir():
+        raise ValueError(f"--json {args.json}: a folder; name a file, or - for the standard output")
 
 
 def _with_pictures(results: Iterable[Result], out: Path | None, config: Config) -> Iterator[tuple[Result, Path | None]]:
@@ -91,14 +99,15 @@ def _with_pictures(results: Iterable[Result], out: Path | None, config: Config) 
         if out is None or result.alignment is None:
             yield result, None
             continue
-        name = _free_name(result.path.name, taken)
-        lines = [f"{shown(Path(result.path.name))} · {describe_plan(config, result.plan)}", "; ".join(result.notes)]
+        clip = shown(Path(result.path.name))
+        name = _free_name(clip, taken)
+        lines = [f"{clip} · {describe_plan(config, result.plan)}", "; ".join(result.notes)]
         draw(out / name, result.alignment, title=result.caption or "(an empty caption)", lines=lines)
         yield result, out / name
 
 
 def _free_name(name: str, taken: set[str]) -> str:
-    number = 1
+    name, number = name.encode()[:LONGEST_NAME].decode(errors="ignore"), 1
     while (free := f"{name}{'' if number == 1 else f'-{number}'}.png") in taken:
         number += 1
     taken.add(free)

@@ -35,7 +35,7 @@ def shown_clips(evaluation: Evaluation, media: Path | None, data: str | None = N
         media: folder of the media files; without it there are no pictures.
         data: prepared set, where it is no longer where the evaluation read it.
     """
-    files = {} if media is None else media_files(media)
+    files = None if media is None else media_files(media)
     prepared = _Prepared(data, evaluation.origin)
     for clip in evaluation.clips:
         plan = evaluation.origin.plans.get(clip.clip_id)
@@ -67,17 +67,19 @@ class _Prepared:
 
 
 def _material(
-    clip_id: str, files: Mapping[str, Path], prepared: _Prepared, origin: Origin
+    clip_id: str, files: Mapping[str, Path] | None, prepared: _Prepared, origin: Origin
 ) -> tuple[Tensor | None, np.ndarray, str]:
     """Waveform [S] or None, pictures [F, P, P, 3], and what is missing."""
     no_pictures = np.zeros((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
-    missing = f"No media file {clip_id}: --media names the folder that has it." if files else ""
-    if clip_id in files:
+    if files is None:
+        missing = "No pictures: 'lavcap report' was not given --media, the folder of the media files."
+    elif clip_id not in files:
+        missing = f"No media file {clip_id}: --media names the folder that has it."
+    else:
         found = decode_clip(files[clip_id], THUMBNAIL, needs(origin.config))
         if not isinstance(found, Dropped):
             return torch.from_numpy(found.waveform), found.pictures, ""
         missing = f"{files[clip_id].name}: {found.reason.value}, {found.detail}."
-    missing = missing or "No pictures: 'lavcap report' was not given --media, the folder of the media files."
     waveform = prepared.waveform(clip_id)
     if waveform is None:
         missing += f" No sound: {prepared.why_not or 'the prepared set has no such clip'}."
