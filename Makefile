@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with the packages of pyproject.toml. System packages: Python 3.10 or newer (with
-# venv), make and git; for "make test" also a C++ compiler and Java, which it installs where it can.
+# venv), make and git; for "make test" also a C++ compiler, Java and Chromium, which it installs where it can.
 
 PYTHON ?= python3
 # What to install torch from, ahead of everything else; "make TORCH=torch" takes the newest.
@@ -11,20 +11,25 @@ MINUTES ?= 15
 BENCH ?=
 export MPLBACKEND := Agg
 
-.PHONY: demo test compiler java check bench report docs wheel clean
+.PHONY: demo test compiler java chromium check bench report docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
 
-test: .venv/dev compiler java
+test: .venv/dev compiler java chromium
 	$(BIN)/python -m pytest -n 2 tests benchmarks examples/lavcap/tests
 
-# The kernels for Gaudi run in an emulator in C++; METEOR and the tokeniser of captions (examples/lavcap) are Java programs.
+# The kernels for Gaudi run in an emulator in C++; METEOR and the tokeniser of captions (examples/lavcap) are Java programs;
+# its pages are tested in a browser.
 compiler:
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || command -v c++ >/dev/null || $(call apt,g++)
 
 java:
 	@command -v java >/dev/null || $(call apt,default-jre-headless)
+
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| command -v google-chrome-stable >/dev/null || $(call apt,chromium)
 
 apt = { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y $(1); } \
 	>/dev/null 2>&1 || echo "$(1) is missing, and apt-get could not install it: tests that need it are skipped"

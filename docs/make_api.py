@@ -34,10 +34,12 @@ CONTENTS = {
     ],
     "Pictures": [
         "otfuse.viz.lift",
+        "otfuse.viz.preferred_pairs",
         "otfuse.viz.plan_heatmap",
         "otfuse.viz.plan_lines",
         "otfuse.viz.alignment_figure",
         "otfuse.viz.Span",
+        "otfuse.viz.Pair",
     ],
 }
 HEAD = """\

@@ -32,11 +32,37 @@ class Span(NamedTuple):
     colour: str
 
 
+class Pair(NamedTuple):
+    """A row and a column of a plan, and by how much it prefers them: 1 for the pair that it prefers most."""
+
+    row: int
+    column: int
+    strength: float
+
+
 def lift(plan: Any) -> np.ndarray:
     """How many times more mass a pair has than under the product of the marginals: [N, M], 0 for no mass."""
     plan = _array(plan).astype(np.float64)
     product = plan.sum(1, keepdims=True) * plan.sum(0, keepdims=True) / max(plan.sum(), np.finfo(float).tiny)
     return np.divide(plan, product, out=np.zeros_like(plan), where=product > 0)
+
+
+def preferred_pairs(plan: Any) -> list[Pair]:
+    """The two best pairs of each row of a plan [N, M] and the best of each column, the faintest first.
+
+    Best is what exceeds the product of the marginals most; pairs that do not exceed it are left out.
+    """
+    plan = _array(plan).astype(np.float64)
+    excess = plan - plan.sum(1, keepdims=True) * plan.sum(0, keepdims=True) / plan.sum()
+    best = np.zeros(plan.shape, dtype=bool)
+    np.put_along_axis(best, np.argsort(excess, axis=1)[:, -2:], True, axis=1)
+    best[excess.argmax(0), np.arange(plan.shape[1])] = True
+    rows, columns = np.nonzero(best & (excess > 1e-9 * plan.max()))
+    faintest_first = np.argsort(excess[rows, columns])
+    return [
+        Pair(int(row), int(column), float(excess[row, column] / excess.max()))
+        for row, column in zip(rows[faintest_first], columns[faintest_first], strict=True)
+    ]
 
 
 def plan_heatmap(
@@ -71,21 +97,15 @@ def plan_lines(
 ) -> int:
     """Join x tokens (top) and y tokens (bottom) where the plan prefers a pair; returns the number of lines.
 
-    Drawn are the two best pairs of each row and the best of each column, by `plan - product of the
-    marginals`; width and opacity follow it too. `colours` gives one colour per row.
+    Drawn are the pairs of :func:`preferred_pairs`; width and opacity follow their strength. `colours` gives one
+    colour per row.
     """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    plan, tops, bottoms = _array(plan).astype(np.float64), _array(row_positions), _array(column_positions)
-    excess = plan - plan.sum(1, keepdims=True) * plan.sum(0, keepdims=True) / plan.sum()
-    best = np.zeros(plan.shape, dtype=bool)
-    np.put_along_axis(best, np.argsort(excess, axis=1)[:, -2:], True, axis=1)
-    best[excess.argmax(0), np.arange(plan.shape[1])] = True
-    rows, columns = np.nonzero(best & (excess > 1e-9 * plan.max()))
-    faintest_first = np.argsort(excess[rows, columns])
-    for row, column in zip(rows[faintest_first], columns[faintest_first], strict=True):
-        strength = excess[row, column] / excess.max()
+    tops, bottoms = _array(row_positions), _array(column_positions)
+    pairs = preferred_pairs(plan)
+    for row, column, strength in pairs:
         top, bottom = tops[row], bottoms[column]
         curve = Path(
             [(top, 1.0), (top, 0.5), (bottom, 0.5), (bottom, 0.0)],
@@ -102,7 +122,7 @@ def plan_lines(
         ax.add_patch(patch)
     ax.set_ylim(0.0, 1.0)
     ax.axis("off")
-    return len(rows)
+    return len(pairs)
 
 
 def alignment_figure(
@@ -124,9 +144,9 @@ def alignment_figure(
     """Spectrogram above, pictures below, the plan between them as lines and beside them as a heat map.
 
     Args:
-        plan: [N, M], rows are sound tokens and columns pictures.
-        spectrogram: [bands, windows], spread over `seconds`, low bands first.
-        frames: [M, H, W, 3], uint8.
+        plan: [N, M], rows are sound tokens and columns pictures; None leaves lines and heat map out.
+        spectrogram: [bands, windows], spread over `seconds`, low bands first; None where there is no sound.
+        frames: [M, H, W, 3], uint8; none of them (M = 0) where there is no picture.
         sound_times: [N], middles of the sound tokens in seconds.
         picture_times: [M], seconds.
         seconds: length of what is shown.
@@ -156,38 +176,59 @@ def alignment_figure(
         }
     ):
         figure = Figure(figsize=(16, 9), dpi=100, facecolor="white")
-        figure.text(0.06, 0.955, title, fontsize=22, fontweight="bold", va="center")
-        figure.text(0.06, 0.912, caption, va="center")
-        figure.text(0.06, 0.025, footnote, fontsize=11.5, va="center")
-        top = figure.add_axes((0.06, 0.605, 0.64, 0.235))
-        middle = figure.add_axes((0.06, 0.245, 0.64, 0.36))
-        bottom = figure.add_axes((0.06, 0.07, 0.64, 0.175))
-        _draw_spectrogram(top, _array(spectrogram), seconds, band_hertz, sound_spans)
-        plan_lines(middle, plan, sound_times, picture_times, colours=row_colours)
+        # What stands between two dollar signs is no formula: these are captions and names of files.
+        figure.text(0.06, 0.955, title, fontsize=22, fontweight="bold", va="center", parse_math=False)
+        figure.text(0.06, 0.912, caption, va="center", parse_math=False)
+        figure.text(0.06, 0.025, footnote, fontsize=11.5, va="center", parse_math=False)
+        width, split = (0.64, (0.245, 0.605)) if plan is not None else (0.92, (0.4, 0.5))
+        top = figure.add_axes((0.06, split[1], width, 0.84 - split[1]))
+        bottom = figure.add_axes((0.06, 0.07, width, split[0] - 0.07))
+        _draw_spectrogram(top, spectrogram, seconds, band_hertz, sound_spans)
         _draw_frames(bottom, _array(frames), picture_times, seconds)
-        for ax in (top, middle, bottom):
+        if plan is not None:
+            middle = figure.add_axes((0.06, split[0], width, split[1] - split[0]))
+            plan_lines(middle, plan, sound_times, picture_times, colours=row_colours)
+            middle.set_xlim(0.0, seconds)
+            _draw_heatmap(figure, plan, picture_times, seconds, sound_spans, picture_spans)
+        for ax in (top, bottom):
             ax.set_xlim(0.0, seconds)
-
-        heat = figure.add_axes((0.765, 0.205, 0.215, 0.635))
-        # A picture's column is centred on its time.
-        step = (picture_times[-1] - picture_times[0]) / max(len(picture_times) - 1, 1) or seconds
-        left, right = picture_times[0] - 0.5 * step, picture_times[-1] + 0.5 * step
-        image = plan_heatmap(
-            heat, plan, extent=(left, right, seconds, 0.0), row_label="sound (s)", column_label="picture (s)"
-        )
-        heat.plot([0.0, right], [0.0, right], ":", color=INK, linewidth=1.0)
-        heat.set_ylim(seconds, 0.0)
-        _frame_equal_spans(heat, sound_spans, picture_spans)
-        bar = figure.colorbar(image, cax=figure.add_axes((0.765, 0.115, 0.215, 0.018)), orientation="horizontal")
-        bar.set_ticks([1, 2, 4, 8, 16], labels=["≤ 1", "2", "4", "8", "≥ 16"])
-        bar.ax.minorticks_off()
-        bar.set_label("mass, in units of the plan without alignment", fontsize=11.5)
     return figure
 
 
-def _draw_spectrogram(
-    ax: Axes, spectrogram: np.ndarray, seconds: float, band_hertz: Any, spans: Sequence[Span]
+def _draw_heatmap(
+    figure: Figure,
+    plan: Any,
+    picture_times: np.ndarray,
+    seconds: float,
+    sound_spans: Sequence[Span],
+    picture_spans: Sequence[Span],
 ) -> None:
+    """The plan at the right of the figure, over seconds of sound and of picture, with its colour bar."""
+    heat = figure.add_axes((0.765, 0.205, 0.215, 0.635))
+    # A picture's column is centred on its time.
+    step = (picture_times[-1] - picture_times[0]) / max(len(picture_times) - 1, 1) or seconds
+    left, right = picture_times[0] - 0.5 * step, picture_times[-1] + 0.5 * step
+    image = plan_heatmap(
+        heat, plan, extent=(left, right, seconds, 0.0), row_label="sound (s)", column_label="picture (s)"
+    )
+    heat.plot([0.0, right], [0.0, right], ":", color=INK, linewidth=1.0)
+    heat.set_ylim(seconds, 0.0)
+    _frame_equal_spans(heat, sound_spans, picture_spans)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.765, 0.115, 0.215, 0.018)), orientation="horizontal")
+    bar.set_ticks([1, 2, 4, 8, 16], labels=["≤ 1", "2", "4", "8", "≥ 16"])
+    bar.ax.minorticks_off()
+    bar.set_label("mass, in units of the plan without alignment", fontsize=11.5)
+
+
+def _draw_spectrogram(ax: Axes, spectrogram: Any, seconds: float, band_hertz: Any, spans: Sequence[Span]) -> None:
+    ax.xaxis.tick_top()
+    ax.xaxis.set_major_formatter("{x:g} s")
+    ax.tick_params(axis="x", pad=14 if spans else 1)
+    if spectrogram is None:
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, "no sound", transform=ax.transAxes, ha="center", va="center")
+        return
+    spectrogram = _array(spectrogram)
     num_bands = len(spectrogram)
     low, high = np.percentile(spectrogram, [5.0, 99.5])
     extent = (0.0, seconds, 0.0, float(num_bands))
@@ -205,9 +246,6 @@ def _draw_spectrogram(
     if band_hertz is not None:
         hertz = np.array([500.0, 1000.0, 2000.0, 4000.0])
         ax.set_yticks(np.interp(hertz, _array(band_hertz), np.arange(num_bands) + 0.5), ["0.5", "1", "2", "4"])
-    ax.xaxis.tick_top()
-    ax.xaxis.set_major_formatter("{x:g} s")
-    ax.tick_params(axis="x", pad=14 if spans else 1)
     for span in spans:
         ax.plot(
             [span.start, span.end],
@@ -236,6 +274,11 @@ def _frame_equal_spans(ax: Axes, rows: Sequence[Span], columns: Sequence[Span]) 
 
 def _draw_frames(ax: Axes, frames: np.ndarray, times: np.ndarray, seconds: float) -> None:
     """Thumbnails in two staggered rows, each hanging from its time; not all of them where they are many."""
+    ax.set_ylim(0.0, 1.0)
+    ax.axis("off")
+    if not len(frames):
+        ax.text(0.5, 0.5, "no picture", transform=ax.transAxes, ha="center", va="center")
+        return
     step = -(-len(frames) // MAX_THUMBNAILS)
     shown = np.arange(0, len(frames), step)
     slot = seconds / len(shown)
@@ -250,8 +293,7 @@ def _draw_frames(ax: Axes, frames: np.ndarray, times: np.ndarray, seconds: float
         ax.plot([times[index]] * 2, [0.985, top], color=INK, linewidth=1.0, zorder=0, clip_on=False)
         left, right = times[index] - 0.5 * wide, times[index] + 0.5 * wide
         ax.imshow(frames[index], extent=(left, right, top - tall, top), aspect="auto", zorder=1, clip_on=False)
-    ax.set_ylim(0.0, 1.0)
-    ax.axis("off")
+    ax.set_ylim(0.0, 1.0)  # imshow has moved it
 
 
 def _array(values: Any) -> np.ndarray:

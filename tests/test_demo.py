@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
 import zlib
@@ -388,6 +389,29 @@ def test_lines_join_the_preferred_pairs():
     ends = sorted((patch.get_path().vertices[0][0], patch.get_path().vertices[-1][0]) for patch in ax.patches)
     assert ends == [(float(row), 10.0 + row % 3) for row in range(6)]
     assert viz.plan_lines(Figure().add_subplot(), np.ones((4, 3)), np.arange(4), np.arange(3)) == 0
+
+
+def test_preferred_pairs_come_faintest_first():
+    pairs = viz.preferred_pairs(torch.tensor([[4.0, 1.0], [1.0, 6.0]]))
+    assert [pair[:2] for pair in pairs] == [(0, 0), (1, 1)] and pairs[-1].strength == 1.0
+    assert viz.preferred_pairs(np.ones((4, 3))) == []
+
+
+@pytest.mark.parametrize("without", ["plan", "sound", "pictures"])
+def test_the_figure_leaves_out_what_there_is_not(without: str) -> None:
+    spectrogram = None if without == "sound" else np.arange(12.0).reshape(3, 4)
+    frames = np.zeros((0 if without == "pictures" else 2, 8, 8, 3), np.uint8)
+    times = np.arange(len(frames)) / 2
+    name = "costs $5, not $6"  # no formula
+    figure = viz.alignment_figure(
+        None, spectrogram, frames, sound_times=[], picture_times=times, seconds=1.0, title=name
+    )
+    figure.savefig(io.BytesIO())
+    words = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert words == {"sound": ["no sound"], "pictures": ["no picture"], "plan": []}[without]
+    assert len(figure.axes) == 2  # neither lines nor heat map nor colour bar
+    images = [len(ax.images) for ax in figure.axes]
+    assert images == [int(without != "sound"), len(frames)]
 
 
 def test_heatmap_shows_the_lift():

@@ -108,6 +108,18 @@ class Captioner(nn.Module):
         labels: Tensor | None = None,
     ) -> list[str]:
         """Captions by beam search; a clip's ends with its own end-of-sequence token. ``labels`` are not looked at."""
+        fused = self.fuse(waveform, num_samples, visual, num_frames)
+        return self.write(fused, prompt_ids, prompt_masks, generation)
+
+    @torch.no_grad()
+    def write(
+        self,
+        fused: FusionOutput,
+        prompt_ids: tuple[Tensor, ...],
+        prompt_masks: tuple[Tensor, ...],
+        generation: GenerationConfig,
+    ) -> list[str]:
+        """:meth:`generate` from where :meth:`fuse` ends."""
         from transformers import GenerationConfig as Settings
 
         tokenizer = self.tokenizer
@@ -115,7 +127,7 @@ class Captioner(nn.Module):
             raise ValueError("a captioner without a tokenizer cannot write; build it with load_captioner")
         end = tokenizer.eos_token_id
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        embeds, mask = self._prompted(self.fuse(waveform, num_samples, visual, num_frames), prompt_ids, prompt_masks)
+        embeds, mask = self._prompted(fused, prompt_ids, prompt_masks)
         ids = self.language.generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),

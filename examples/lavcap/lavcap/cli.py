@@ -12,6 +12,9 @@ COMMANDS = {
     "train": ("lavcap.commands.train", "train a captioner on a prepared set"),
     "evaluate": ("lavcap.commands.evaluate", "caption a split by beam search and score it"),
     "score": ("lavcap.commands.score", "score anyone's captions"),
+    "caption": ("lavcap.commands.caption", "caption media files and draw their alignment"),
+    "report": ("lavcap.commands.report", "one HTML page of an evaluation, clip by clip"),
+    "demo": ("lavcap.commands.demo", "a page in the browser: drop a video, see its caption"),
     "budget": ("lavcap.commands.budget", "parameters, memory, FLOP and cost at a config's sizes"),
 }
 

@@ -1,13 +1,18 @@
-"""METEOR loads for seconds: tests that score share one process of it."""
+"""What takes seconds to start is shared: tests that score have one process of METEOR, those of a page one browser."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import pytest
+from browser import open_browser
 from lavcap.scoring import agreement, metrics
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,9 @@ def java(meteor: metrics.MeteorScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is scored in the test is scored with the session's METEOR."""
     for module in (agreement, metrics):
         monkeypatch.setattr(module, "MeteorScorer", lambda: nullcontext(meteor))
+
+
+@pytest.fixture(scope="module")  # and no longer: while it is open, no test in the process can run an event loop
+def browser() -> Iterator[Browser]:
+    with open_browser() as opened:
+        yield opened

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lavcap.captioner import load_captioner
+from lavcap.checkpoint import CONFIG, TOKENIZER, save_trained
 from lavcap.config import (
     AudioConfig,
     Average,
@@ -25,6 +26,7 @@ from lavcap.config import (
     Reduction,
     TrainConfig,
 )
+from lavcap.config_file import save_config
 from lavcap.data.sample import SAMPLE_RATE, Sample
 from lavcap.language import build_tokenizer
 from lavcap.train import build_trainer, engine_arguments
@@ -71,6 +73,15 @@ def small_config(output: Path, *, dropout: float = 0.1, **train: object) -> Conf
         train=replace(TrainConfig(), **(settings | train)),  # type: ignore[arg-type]
         generation=GenerationConfig(beams=2, max_new_tokens=8, batch_size=4),
     )
+
+
+def write_checkpoint(folder: Path, config: Config) -> Path:
+    """A checkpoint of random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(config.language, [" ".join(WORDS)], folder=folder / TOKENIZER)
+    save_trained(load_captioner(config, tokenizer), folder)
+    save_config(config, folder / CONFIG)
+    return folder
 
 
 class Clips(Dataset[Sample]):

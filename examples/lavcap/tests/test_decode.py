@@ -122,6 +122,11 @@ def _bytes(content: bytes):
         (_bytes(b""), Reason.UNREADABLE, "Invalid data"),
         (_bytes(b"no media at all" * 100), Reason.UNREADABLE, "Invalid data"),
         (_cut_short, Reason.UNREADABLE, "Invalid data"),
+        (
+            _bytes(b"1\n00:00:00,000 --> 00:00:02,000\nsubtitles\n\n"),
+            Reason.UNREADABLE,
+            "a text or a list of files, 'srt'",
+        ),
         (lambda p: write_clip(p, sound=None), Reason.NO_SOUND, "video mpeg4"),
         (lambda p: write_clip(p, picture=None), Reason.NO_PICTURE, "audio aac"),
         (lambda p: write_clip(p, 0.5), Reason.TOO_SHORT, " s of sound and 0.5 s of picture"),

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lavcap.captioner import load_captioner
-from lavcap.checkpoint import CONFIG, TOKENIZER, load_checkpoint, save_trained
+from lavcap.checkpoint import load_checkpoint
 from lavcap.cli import main
-from lavcap.config_file import save_config
 from lavcap.data.dataset import PreparedDataset
 from lavcap.data.sample import collate
 from lavcap.data.shards import open_split
 from lavcap.evaluate import caption_batch, caption_clips
-from lavcap.language import build_tokenizer
+from lavcap.evaluation import read_evaluation
 from lavcap.visual import visual_fingerprint
-from small import WORDS, Clips, small_config
+from small import Clips, small_config, write_checkpoint
+
+import otfuse
 
 NUM_CLIPS = 5
 
@@ -34,9 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A checkpoint of random weights, and a prepared split of noise."""
     place = Place(tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("prepared"))
     config = small_config(place.checkpoint)
-    tokenizer = build_tokenizer(config.language, [" ".join(WORDS)], folder=place.checkpoint / TOKENIZER)
-    save_trained(load_captioner(config, tokenizer), place.checkpoint)
-    save_config(config, place.checkpoint / CONFIG)
+    write_checkpoint(place.checkpoint, config)
     fingerprint = visual_fingerprint(config.visual)
     settings = {"num_candidates": NUM_CLIPS, "clips_per_shard": 2, "visual": fingerprint}
     with open_split(place.data / "test", settings) as writer:
@@ -49,12 +47,30 @@ def test_every_clip_gets_the_caption_it_gets_alone(place: Place) -> None:
     checkpoint, clips = load_checkpoint(place.checkpoint), PreparedDataset(place.data, "test")
     generation = checkpoint.config.generation
     found = list(caption_clips(checkpoint, clips, generation))
-    assert [clip_id for clip_id, _, _ in found] == clips.clip_ids
-    assert [references for _, _, references in found] == [clip.captions for clip in clips]
+    assert [clip.clip_id for clip in found] == clips.clip_ids
+    assert [clip.references for clip in found] == [clip.captions for clip in clips]
+    alone = [caption_batch(checkpoint, collate([clip]), generation)[0] for clip in clips]
+    assert [clip.caption for clip in found] == [clip.caption for clip in alone]
+    assert any(clip.caption for clip in alone)
+    for together, (_, plan) in zip(found, alone):
+        torch.testing.assert_close(together.plan, plan)
+
+
+def test_the_plan_is_the_fusions_without_padding(place: Place) -> None:
+    """Two clips of other lengths in one batch: each plan is what otfuse makes of that clip's own tokens."""
+    (captioner, _, config), clips = load_checkpoint(place.checkpoint), list(PreparedDataset(place.data, "test"))[:2]
+    batch = collate(clips)
+    found = [plan for _, plan in caption_batch(load_checkpoint(place.checkpoint), batch, config.generation)]
     with torch.no_grad():
-        alone = [caption_batch(checkpoint, collate([clip]), generation)[0] for clip in clips]
-    assert [caption for _, caption, _ in found] == alone
-    assert any(alone)
+        audio, audio_mask = captioner.audio(batch.waveform, batch.num_samples)
+        visual = captioner.visual_adapter(batch.visual)
+    for clip, plan in enumerate(found):
+        x, y = audio[clip, audio_mask[clip]], visual[clip, : batch.num_frames[clip]]
+        cost = -otfuse.similarity_matrix(x[None], y[None], config.solver.similarity.value)
+        expected = otfuse.sinkhorn(cost, config.solver.epsilon, num_iters=config.solver.num_iters).plan[0]
+        assert plan is not None and plan.shape == (len(x), len(y))
+        torch.testing.assert_close(plan, expected, rtol=1e-4, atol=1e-7)
+    assert len({plan.shape for plan in found if plan is not None}) == 2
 
 
 @pytest.mark.usefixtures("java")
@@ -69,12 +85,16 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
     checkpoint, clips = load_checkpoint(place.checkpoint), PreparedDataset(place.data, "test")
     rows = list(csv.DictReader((out / "captions.csv").read_text().splitlines()))
     expected = list(caption_clips(checkpoint, clips, checkpoint.config.generation))
-    assert [(row["clip_id"], row["caption"]) for row in rows] == [(clip_id, text) for clip_id, text, _ in expected]
+    assert [(row["clip_id"], row["caption"]) for row in rows] == [(clip.clip_id, clip.caption) for clip in expected]
     assert [row["reference_1"] for row in rows] == [clip.captions[0] for clip in clips]
     report = json.loads((out / "scores.json").read_text())
     assert report["clips"] == NUM_CLIPS and set(report["metrics"]) >= {"BLEU-4", "METEOR", "CIDEr-D"}
     rouge = sum(float(row["ROUGE-L"]) for row in rows) / NUM_CLIPS
     assert report["metrics"]["ROUGE-L"]["score"] == pytest.approx(rouge, abs=1e-4)
+    kept = read_evaluation(out)
+    assert kept.report == report and kept.origin.split == "test"
+    for clip in expected:
+        torch.testing.assert_close(kept.origin.plans[clip.clip_id], clip.plan)
 
 
 @pytest.mark.usefixtures("java")

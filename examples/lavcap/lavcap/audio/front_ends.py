@@ -40,6 +40,7 @@ class CEDLogMel(nn.Module):
     max_patches = 63  # the length of CED's position embedding
     max_samples = (max_patches * PATCH + PATCH - 2) * HOP + HOP - 1
     zero_level = 0.0  # what a zero before normalisation would be: there is none here
+    first_frame = 0.0  # seconds: the middle of the first window
     window: Tensor
     mel_scale: Tensor
 
@@ -61,6 +62,11 @@ class CEDLogMel(nn.Module):
         decibels = torch.maximum(decibels, floor).where(own[:, None], floor)
         return Spectrogram(_at_least_a_patch(decibels), num_frames, (num_frames // PATCH).clamp_min(1))
 
+    @property
+    def band_hertz(self) -> Tensor:
+        """[K]: the middle of each mel bin."""
+        return _htk_edges()[1:-1]
+
 
 class KaldiLogMel(nn.Module):
     """LAVCap's: Kaldi's filter bank of the clip less its mean, in 1024 frames, scaled by the data set's statistics.
@@ -73,6 +79,7 @@ class KaldiLogMel(nn.Module):
     max_samples = 400 + (max_patches * PATCH - 1) * HOP + HOP - 1
     mean, scale = -4.346, 4.332
     zero_level = (0 - mean) / scale
+    first_frame = 200 / SAMPLE_RATE
     window: Tensor
     mel_scale: Tensor
 
@@ -99,6 +106,11 @@ class KaldiLogMel(nn.Module):
         num_frames = ((num_samples - 400) // HOP + 1).clamp_min(0)
         behind = torch.arange(num_total, device=waveform.device) >= num_frames[:, None]
         return self._pad((log_mel - self.mean) / self.scale, behind, num_frames)
+
+    @property
+    def band_hertz(self) -> Tensor:
+        """[K]: the middle of each mel bin."""
+        return 700 * torch.expm1(_kaldi_edges()[1:-1] / 1127)
 
     def _pad(self, mel: Tensor, behind: Tensor, num_frames: Tensor) -> Spectrogram:
         """What lies behind the clip: silence that takes no part, or what the public code makes of it."""
@@ -133,17 +145,25 @@ def check_waveform(waveform: Tensor, num_samples: Tensor, max_samples: int) -> N
 def htk_mel_scale() -> Tensor:
     """[257, 64] float64: triangles between 0 and 8 kHz, equally wide in HTK mels, linear in Hz, peak one."""
     hertz = torch.linspace(0, SAMPLE_RATE / 2, NUM_FFT // 2 + 1, dtype=torch.float64)
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), NUM_MELS + 2).double() / 2595) - 1)
-    return _triangles(hertz, edges)
+    return _triangles(hertz, _htk_edges())
+
+
+def _htk_edges() -> Tensor:
+    """[66] Hz."""
+    return 700 * (10 ** (torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), NUM_MELS + 2).double() / 2595) - 1)
 
 
 def kaldi_mel_scale() -> Tensor:
     """[257, 64] float64: Kaldi's triangles between 20 Hz and 8 kHz, linear in mels; the Nyquist bin takes no part."""
 
     bins = 1127 * torch.log1p(torch.arange(NUM_FFT // 2, dtype=torch.float64) * SAMPLE_RATE / NUM_FFT / 700)
+    return nn.functional.pad(_triangles(bins, _kaldi_edges()), (0, 0, 0, 1))
+
+
+def _kaldi_edges() -> Tensor:
+    """[66] mels."""
     low, high = (1127 * math.log1p(hertz / 700) for hertz in (20, SAMPLE_RATE / 2))
-    edges = low + (high - low) / (NUM_MELS + 1) * torch.arange(NUM_MELS + 2, dtype=torch.float64)
-    return nn.functional.pad(_triangles(bins, edges), (0, 0, 0, 1))
+    return low + (high - low) / (NUM_MELS + 1) * torch.arange(NUM_MELS + 2, dtype=torch.float64)
 
 
 def _triangles(bins: Tensor, edges: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from lavcap.data.dataset import PreparedDataset
     from lavcap.device import default_device
     from lavcap.evaluate import caption_clips
+    from lavcap.evaluation import Origin, write_origin
     from lavcap.scoring.files import write_captions
     from lavcap.scoring.report import markdown, score_report, write_report
     from lavcap.scoring.tokens import find_java
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = load_checkpoint(folder, args.device or default_device())
     found = list(caption_clips(checkpoint, clips, config.generation, config.data.workers))
-    predictions = {clip_id: caption for clip_id, caption, _ in found}
-    references = {clip_id: captions for clip_id, _, captions in found}
+    predictions = {clip.clip_id: clip.caption for clip in found}
+    references = {clip.clip_id: clip.references for clip in found}
     write_captions(out / "captions.csv", predictions, references)
+    plans = {clip.clip_id: clip.plan for clip in found if clip.plan is not None}
+    write_origin(out, Origin(str(folder), str(args.data or config.data.folder), split, config, plans))
     scores, report = score_report(
         predictions, references, name=f"{folder.name}, {split}", resamples=args.resamples, seed=args.seed
     )

@@ -1,5 +1,7 @@
 """Decodes the sound and the pictures of a clip with PyAV, both from the same moment on.
 
+A captioner of sound alone, or of pictures alone, also takes files that hold only these (:class:`Needs`).
+
 Times come from the file's stamps, never from counting: a late stream, a variable frame rate or a hole in the sound end
 up where they belong. Decoding uses one thread a file, so that the same file gives the same bytes on every run; several
 files are decoded side by side by processes (:mod:`lavcap.data.prepare`).
@@ -26,6 +28,7 @@ NUM_FRAMES = SECONDS * FRAMES_PER_SECOND
 SHORTEST = 1.0  # seconds of sound, and of picture, below which a clip is dropped
 READ_THROUGH = 64 << 20  # bytes of a file, more than ten seconds have
 HOLE = 0.05  # seconds between two pieces of sound that count as a hole
+NOT_MEDIA = frozenset({"tty", "srt", "webvtt", "ass", "hls", "dash", "concat"})  # FFmpeg's names of texts and lists
 
 
 class Reason(Enum):
@@ -47,14 +50,25 @@ class Dropped(NamedTuple):
     detail: str
 
 
+class Needs(NamedTuple):
+    """What a clip must hold; what it holds beyond that is decoded too."""
+
+    sound: bool = True
+    picture: bool = True
+
+
+BOTH = Needs()
+
+
 class DecodedClip(NamedTuple):
     """Sound, of which peaks above 1 are kept, and what is on the screen every 1 / FRAMES_PER_SECOND seconds."""
 
-    waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second
-    pictures: np.ndarray  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES
+    waveform: np.ndarray  # [S] float32, mono, SAMPLE_RATE a second; S = 0 without sound
+    pictures: np.ndarray  # [F, P, P, 3] uint8 RGB, F <= NUM_FRAMES; F = 0 without pictures
+    file_seconds: float | None = None  # how long the file says it is, from the clip's beginning on
 
 
-def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
+def decode_clip(path: Path, picture_size: int, needs: Needs = BOTH) -> DecodedClip | Dropped:
     """The first SECONDS of a clip from the moment at which both sound and picture have begun, or why there is none.
 
     Raises:
@@ -62,33 +76,45 @@ def decode_clip(path: Path, picture_size: int) -> DecodedClip | Dropped:
     """
     _read_through(path)
     try:
-        return _decode(path, picture_size)
+        return _decode(path, picture_size, needs)
     except av.error.FFmpegError as error:
         return Dropped(Reason.UNREADABLE, error.strerror or type(error).__name__)
 
 
-def _decode(path: Path, picture_size: int) -> DecodedClip | Dropped:
+def _decode(path: Path, picture_size: int, needs: Needs) -> DecodedClip | Dropped:
     with _open(path) as container:
+        if NOT_MEDIA & set(container.format.name.split(",")):
+            return Dropped(Reason.UNREADABLE, f"a text or a list of files, '{container.format.name}'")
         sound_streams, picture_streams = (_usable(container, kind) for kind in ("audio", "video"))
         described = ", ".join(_describe(stream) for stream in container.streams) or "none"
-    if not sound_streams:
+        file_end = _end(container)
+    if needs.sound and not sound_streams:
         return Dropped(Reason.NO_SOUND, f"its streams: {described}")
-    if not picture_streams:
+    if needs.picture and not picture_streams:
         return Dropped(Reason.NO_PICTURE, f"its streams: {described}")
 
     sound = _first_decodable(path, sound_streams)
     picture = _first_decodable(path, picture_streams)
-    if sound is None or picture is None:
-        return Dropped(Reason.UNREADABLE, f"no {'sound' if sound is None else 'picture'} could be decoded")
-    start = max(sound.begin, picture.begin)
-    waveform = _read_sound(path, sound.number, start)
+    missing = [kind for kind, stream in (("sound", sound), ("picture", picture)) if stream is None]
+    if any(getattr(needs, kind) for kind in missing):
+        return Dropped(Reason.UNREADABLE, f"no {missing[0]} could be decoded")
+    start = max(stream.begin for stream in (sound, picture) if stream is not None)
+    waveform = np.zeros(0, np.float32) if sound is None else _read_sound(path, sound.number, start)
     if not np.isfinite(waveform).all():
         return Dropped(Reason.UNREADABLE, "the sound holds NaN or infinity")
-    pictures = _read_pictures(path, picture.number, start, picture_size)
+    pictures = [] if picture is None else _read_pictures(path, picture.number, start, picture_size)
     heard, seen = len(waveform) / SAMPLE_RATE, len(pictures) / FRAMES_PER_SECOND
-    if min(heard, seen) < SHORTEST:
+    if (needs.sound and heard < SHORTEST) or (needs.picture and seen < SHORTEST):
         return Dropped(Reason.TOO_SHORT, f"{heard:.2f} s of sound and {seen:.1f} s of picture together")
-    return DecodedClip(waveform, np.stack(pictures))
+    stacked = np.reshape(pictures, (-1, picture_size, picture_size, 3)).astype(np.uint8, copy=False)
+    return DecodedClip(waveform, stacked, None if file_end is None else file_end - start)
+
+
+def _end(container: Any) -> float | None:
+    """Seconds, by the file's stamps, at which it ends; None where its headers do not say."""
+    if container.duration is None:
+        return None
+    return float(container.duration + (container.start_time or 0)) / av.time_base
 
 
 def _read_through(path: Path) -> None:

@@ -100,7 +100,7 @@ def plan(job: Job) -> tuple[list[Candidate], list[Candidate]]:
     The first list is the same whenever a preparation goes on; files of other splits may have come by then.
     """
     captions = read_captions(job.captions)
-    files = _media_files(job.media)
+    files = media_files(job.media)
     ids = None if job.ids is None else read_ids(job.ids)
     named = [Candidate(clip_id, texts, _source(clip_id, texts, files, ids)) for clip_id, texts in captions.items()]
     known = captions.keys() | {youtube_id(clip_id) for clip_id in captions}
@@ -132,7 +132,7 @@ def _kept_ids(folder: Path) -> dict[str, list[str]]:
     return {split.name: [line.clip_id for line in read_manifest(split) if line.kept] for split in folders}
 
 
-def _media_files(folder: Path) -> dict[str, Path]:
+def media_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of media files {folder}")
     files: dict[str, Path] = {}

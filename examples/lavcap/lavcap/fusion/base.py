@@ -15,6 +15,7 @@ class FusionOutput(NamedTuple):
     mask: Tensor  # [B, L] bool: tokens that the language model may see
     loss: Tensor | None  # the OT loss, unweighted; None without one
     num_audio: int | None  # how many tokens, from the front, are the sound's; None where they are mixed
+    plan: Tensor | None = None  # [B, N, M]: how the tokens were fused, where that was by optimal transport
 
 
 class Fusion(nn.Module):

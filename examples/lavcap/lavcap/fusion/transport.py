@@ -96,4 +96,5 @@ class OTAttFusion(Fusion):
         if self.learned_loss is not None:
             similarity = otfuse.similarity_matrix(audio, visual, self.ot.attention.similarity)
             loss = self.learned_loss.of_plan(fused.plan, similarity, audio_mask, visual_mask)
-        return FusionOutput(fused.tokens, torch.cat((audio_mask, visual_mask), 1), loss, audio.shape[1])
+        mask = torch.cat((audio_mask, visual_mask), 1)
+        return FusionOutput(fused.tokens, mask, loss, audio.shape[1], fused.plan)
