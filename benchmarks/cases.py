@@ -64,6 +64,11 @@ def many_small(B: int, side: int) -> Case:
     return Case("many_small", B, side, side, 0)
 
 
+def equal_work(entries: int, side: int) -> Case:
+    """A batch of square costs with so many entries in all."""
+    return Case("equal_work", entries // side**2, side, side, 0, T=20)
+
+
 LAVCAP = tuple(map(lavcap, (4, 32, 64, 256)))
 PATCHES = tuple(Case("lavcap_patches", B, 256, 20, 768) for B in (8, 64))
 LONG_VIDEO = Case("long_video", 8, 1024, 512, 768)

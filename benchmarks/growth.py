@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,3 +40,10 @@ def in_words(points: Sequence[Point], axis: str) -> str:
         exponent = slope(half)
         said.append(f"{word(exponent)} from {half[0][0]:,} to {half[-1][0]:,} (time ~ ({axis})^{exponent:.2f})")
     return f"time {said[0]}, and {said[1]}"
+
+
+def largest_step(points: Sequence[Point]) -> str:
+    """Of work that stays the same: where the time rises most from one point to the next."""
+    points = sorted(points)
+    factor, before, after = max((b[1] / a[1], a[0], b[0]) for a, b in itertools.pairwise(points))
+    return f"the largest step is × {factor:.2f}, from {before:,} to {after:,}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import plots
 from blocks import Block, Figure, Heading, Items, Table, Text
-from growth import in_words
+from growth import in_words, largest_step
 from rows import Result, Row, cases, condition_line, limit_line, shape, where
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -131,12 +132,13 @@ def scaling(result: Result) -> list[Block]:
     blocks: list[Block] = [Heading("How time grows", 3)] if rows else []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         of_axis = list(where(rows, axis=axis))
-        name = f"{result.name}-growth-{axis.replace(' = ', '').lower()}"
+        name = f"{result.name}-growth-{re.sub(r'[^a-z]', '', axis.lower())}"
         blocks.append(Figure(name, f"Time against {axis}.", plots.growth(of_axis, axis)))
         said = []
         for contender in dict.fromkeys(row["contender"] for row in of_axis):
             points = [(row["at"], row["median_ms"]) for row in where(of_axis, contender=contender)]
-            said.append(f"`{contender}`: {in_words(points, axis)}.")
+            equal = "equal" in axis and len(points) > 1
+            said.append(f"`{contender}`: {largest_step(points) if equal else in_words(points, axis)}.")
         blocks.append(Items(said))
     return blocks
 

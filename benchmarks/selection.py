@@ -19,6 +19,7 @@ from cases import (
     SQUARE,
     TINY,
     Case,
+    equal_work,
     lavcap,
 )
 from measured import Measured
@@ -33,6 +34,9 @@ DRY = {
     "solve": [Measured(TINY, op="solve"), Measured(TINY, op="solve", grad="unroll")],
     "accuracy": [],
 }  # fmt: skip
+EQUAL_WORK = "N = M, equal B N M"  # a size that falls off a cliff shows as a step
+# Entries of all costs together, and the largest side: that of one item on a device.
+WORK = {"cpu": (2**20, 1024), "cuda": (2**26, 8192), "hpu": (2**26, 8192)}
 CURVE_ROUNDS = (5, 10, 20, 50, 100, 200, 500)
 
 
@@ -114,6 +118,9 @@ def axes(device: str) -> list[tuple[str, int, Measured]]:
     points = [("B", B, Measured(lavcap(B), dtype)) for B in (1, 4, 16, 64, 256, 1024, 4096)]
     sides = [2**power for power in range(3, 15)]
     points += [("N = M", side, Measured(Case("square", 1, side, side, 64), op="solve")) for side in sides]
+    entries, longest = WORK[device]
+    sides = [2**power for power in range(1, longest.bit_length())]
+    points += [(EQUAL_WORK, side, Measured(equal_work(entries, side), op="solve")) for side in sides]
     rounds = (1, 2, 5, 10, 20, 50, 100, 200, 500)
     points += [("rounds", T, Measured(replace(main, T=T), dtype)) for T in rounds]
     return points + [("D", D, Measured(replace(main, D=D), dtype)) for D in (16, 64, 256, 768, 1536, 3072)]

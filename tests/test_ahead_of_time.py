@@ -34,6 +34,10 @@ ANEW = (
     Row("backward, implicit", "bfloat16", (64, 32), "sm_90"),
     Row("backward, cost", "float32", (64, 32), "sm_80"),
     Row("similarity", "float64", (64, 64), "gfx942"),
+    Row("small", "float32", (4, 4), "sm_90"),
+    Row("small, everything", "float64", (2, 2), "sm_80"),
+    Row("small, backward", "bfloat16", (4, 4), "sm_100"),
+    Row("small, backward, everything", "float32", (8, 8), "gfx942"),
     Row("loss", "float32", (32, 32), "sm_90"),
     Row("loss, backward", "bfloat16", (32, 32), "sm_100"),
     Row("streaming: strip, tokens", "bfloat16", (32, 64), "sm_90"),
@@ -85,6 +89,20 @@ def test_the_table_covers_every_kernel_dtype_class_and_target():
                 if ahead_of_time.VARIANTS[row.variant].configured == kernel and row.dtype == dtype
             }
             assert found == {(target, size) for target in ahead_of_time.TARGETS for size in sizes}, (kernel, dtype)
+
+
+def test_many_small_costs_are_in_the_table_in_every_class():
+    """Every dtype, side and target of both kernels; and in float32 every pair of sides forward."""
+    rows = set(ROWS)
+    for target in ahead_of_time.TARGETS:
+        for dtype in ahead_of_time.DTYPES:
+            for side in (2, 4, 8, 16):
+                assert {Row(name, dtype, (side, side), target) for name in ("small", "small, backward")} <= rows
+        assert {Row("small", "float32", (N, M), target) for N in (2, 4, 8, 16) for M in (2, 4, 8, 16)} <= rows
+    small = [
+        (row, ahead_of_time.committed(row, TABLE)) for row in ROWS if row.variant in ("small", "small, everything")
+    ]
+    assert not [f"{row}: {found}" for row, found in small if found is None or found.stack]
 
 
 def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():

@@ -42,6 +42,9 @@ def test_a_full_run_has_the_whole_table(suite):
     axes = suite["selection"].axes("cuda")
     ends = {axis: (points[0], points[-1]) for axis in ("B", "N = M", "rounds", "D") if (points := sorted(
         at for name, at, _ in axes if name == axis))}  # fmt: skip
+    work = {m.case.B * m.case.N * m.case.M * m.case.T for name, _, m in axes if name == suite["selection"].EQUAL_WORK}
+    sides = [at for name, at, _ in axes if name == suite["selection"].EQUAL_WORK]
+    assert len(work) == 1 and sides == [2**power for power in range(1, 14)]
     assert ends["B"] == (1, 4096) and ends["N = M"] == (8, 16384) and {"rounds", "D"} <= ends.keys()
 
 

@@ -66,6 +66,8 @@ def fabricated():
         rows.append(row("accuracy", peer, rounds / 5, case=case, rounds=rounds, from_converged=1 / rounds))
     for B in (1, 4, 16, 64, 256, 1024):
         rows.append(row("scaling", ours, 0.5 + 0.001 * B, B=B, axis="B", at=B))
+    for side in (2, 4, 8):
+        rows.append(row("scaling", ours, 1.0 + side, B=64 // side**2, axis="N = M, equal B N M", at=side))
     rows += [memory_row(ours, 0.0, 2.0), memory_row("log domain, eager", 24.0, None)]
     rows += [step_row("audio encoder", 1000.0), step_row("OT-Att", 1.0), step_row("decoder layers", 110.0, 32)]
     absent = {"Liger-Kernel mHC": {"it runs on CUDA only": ["a", "b"]}}
@@ -119,7 +121,16 @@ def test_the_page_says_what_was_measured(run, tmp_path, file):
     ):  # fmt: skip
         assert said in page, said
     pictures = re.findall(r"\]\((images/[^)]+\.svg)\)", page)
-    kinds = ("solve-forward", "attend-forward", "limit", "accuracy-0.1", "memory", "growth-b", "budget")
+    kinds = (
+        "solve-forward",
+        "attend-forward",
+        "limit",
+        "accuracy-0.1",
+        "memory",
+        "growth-b",
+        "growth-nmequalbnm",
+        "budget",
+    )
     assert [name for name in kinds if not any(name in picture for picture in pictures)] == []
     for picture in [*pictures, "speed.svg"]:
         assert ElementTree.parse(tmp_path / picture).getroot().tag.endswith("svg")
@@ -129,7 +140,7 @@ def test_the_html_page_needs_no_other_file(run, tmp_path, file):
     assert run(file, "--html", tmp_path / "page.html").returncode == 0
     page = (tmp_path / "page.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] in (["page.html", file.name], [file.name, "page.html"])
-    assert page.count("<svg") == 7 and "POT ot.batch sinkhorn" in page
+    assert page.count("<svg") == 8 and "POT ot.batch sinkhorn" in page
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', page) == []
     names = re.findall(r'\bid="([^"]+)"', page)
     assert len(names) == len(set(names)) > 50
@@ -141,7 +152,7 @@ def test_a_page_is_made_alike_every_time(run, tmp_path, file):
         (tmp_path / name).mkdir()
         assert run(file, "--page", tmp_path / name / "page.md").returncode == 0
     made = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two")]
-    assert made[0] == made[1] and len(made[0]) == 8
+    assert made[0] == made[1] and len(made[0]) == 9
 
 
 def test_files_of_the_first_version_are_read(run, modules, tmp_path):
@@ -170,6 +181,11 @@ def test_slopes_in_words(modules, exponent, words):
     assert modules["growth"].slope(points) == pytest.approx(exponent)
     assert words in modules["growth"].in_words(points, "B")
     assert "too few" in modules["growth"].in_words(points[:3], "B")
+
+
+def test_a_cliff_is_named(modules):
+    points = [(32, 1.1), (2, 1.0), (8, 1.2), (16, 6.0), (4, 1.0)]
+    assert modules["growth"].largest_step(points) == "the largest step is × 5.00, from 8 to 16"
 
 
 def slowed(factor, contender="otfuse cpu", machine=1.0, width=0.02):
@@ -214,4 +230,4 @@ def test_a_row_that_is_gone_is_named(run, tmp_path, file):
     gone = fewer["rows"].pop(0)
     done = run("--compare", file, written(tmp_path / "fewer.json", fewer), "--all")
     assert f"gone    solve | {gone['case']} | otfuse cpu" in done.stdout
-    assert done.stdout.count("same") == 10  # an attend, a solve, two of a curve, six that grow
+    assert done.stdout.count("same") == 13  # an attend, a solve, two of a curve, nine that grow

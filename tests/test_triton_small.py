@@ -165,7 +165,8 @@ def test_one_kernel_for_all_sizes_of_a_class(N):
             sizes = small_blocks(kernel, N, M, dtype)
             entries = sizes["BLOCK_N"] * sizes["BLOCK_M"] * sizes["ITEMS"]
             assert sizes["BLOCK_N"] >= N and sizes["BLOCK_M"] >= M
-            assert entries // (32 * sizes["num_warps"]) <= HELD[kernel][8 if dtype == torch.float64 else 4]
+            held = HELD[kernel][8 if dtype == torch.float64 else 4]
+            assert entries // (32 * sizes["num_warps"]) <= 2 * held, "what OTHERWISE allows"
 
 
 @pytest.mark.parametrize("grad", ["unroll", "implicit"])

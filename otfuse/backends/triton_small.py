@@ -27,6 +27,14 @@ HELD = {
     "small, backward, everything": {4: 8, 8: 2},
 }
 
+# Items and warps of the tiles that would have a stack all the same, by bytes of an entry.
+OTHERWISE = {
+    ("small", 8, 8, 8): (8, 2),
+    ("small", 4, 4, 8): (8, 1),
+    ("small, everything", 8, 8, 8): (2, 1),
+    ("small, everything", 8, 16, 16): (1, 2),
+}
+
 
 def launch_sinkhorn_small(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
@@ -74,6 +82,7 @@ def small_blocks(kernel: str, N: int, M: int, dtype: torch.dtype, interpreted: b
     held = HELD[kernel][solved_size(dtype)] // (2 if max(BLOCK_N, BLOCK_M) == SMALL_SIDE else 1)
     lanes = max(1, BLOCK_N * BLOCK_M // held)  # of an item
     items, warps = max(1, WARP // lanes), max(1, lanes // WARP)
+    items, warps = OTHERWISE.get((kernel, solved_size(dtype), BLOCK_N, BLOCK_M), (items, warps))
     if interpreted:  # a step costs the interpreter the same, whatever it holds
         items = WARP
     exact = (N, M) == (BLOCK_N, BLOCK_M) and 4 * lanes >= M
