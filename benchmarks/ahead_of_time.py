@@ -170,13 +170,17 @@ def must_not_spill(row: Row) -> bool:
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
     """Of this row, as the committed table configures it or otherwise."""
-    variant = VARIANTS[row.variant]
-    blocks = dict(configuration or configured(row))
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    source = _source(variant, row.dtype, variant.constants | blocks)
-    compiled = triton.compile(source, target=TARGETS[row.target], options=options | {"enable_fp_fusion": True})
+    compiled = compile_variant(VARIANTS[row.variant], row.dtype, configuration or configured(row), row.target)
     read: Callable[..., tuple[int, int]] = _of_cubin if "cubin" in compiled.asm else _of_amdgcn
     return Resources(*read(compiled.asm), compiled.metadata.shared)
+
+
+def compile_variant(variant: Variant, dtype: str, configuration: dict[str, int], target: str) -> Any:
+    """Triton's compiled kernel, with the texts of all its stages."""
+    blocks = dict(configuration)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    source = _source(variant, dtype, variant.constants | blocks)
+    return triton.compile(source, target=TARGETS[target], options=options | {"enable_fp_fusion": True})
 
 
 def configured(row: Row) -> dict[str, int]:
