@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -190,9 +191,11 @@ def configured(row: Row) -> dict[str, int]:
     return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
 
 
-def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSource:
+def _source(
+    variant: Variant, dtype: str, constants: dict[str, Any], package: str = "otfuse.kernels.triton"
+) -> ASTSource:
     """The kernel with the types that its launcher passes; pointers are aligned, and so are rows of tokens."""
-    module = __import__(f"otfuse.kernels.triton.{variant.module}", fromlist=[variant.kernel])
+    module = importlib.import_module(f"{package}.{variant.module}")
     kernel = getattr(module, variant.kernel)
     tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)

@@ -228,18 +228,19 @@ def column_sums(tile, CROSSED: tl.constexpr):
     before it and after. Triton's own way takes two turns, and more shuffles. With other layouts the answer is the same.
     """
     if CROSSED == 0:
-        return tl.sum(tile, 0)
-    BLOCK_M: tl.constexpr = tile.shape[1]
-    sums = tl.sum(tl.sum(tl.reshape(tile, (tile.shape[0] // (8 * CROSSED), CROSSED, 8, BLOCK_M)), 0), 1)
-    if CROSSED == 8:
-        sums = tl.permute(tl.reshape(sums, (2, 2, 2, BLOCK_M)), (3, 2, 1, 0))
-        even, odd = tl.split(sums)
-        sums = even + odd
+        sums = tl.sum(tile, 0)
     else:
-        sums = tl.permute(tl.reshape(sums, (2, 2, BLOCK_M)), (2, 1, 0))
-    even, odd = tl.split(sums)
-    even, odd = tl.split(even + odd)
-    return even + odd
+        BLOCK_M: tl.constexpr = tile.shape[1]
+        sums = tl.sum(tl.sum(tl.reshape(tile, (tile.shape[0] // (8 * CROSSED), CROSSED, 8, BLOCK_M)), 0), 1)
+        if CROSSED == 8:
+            even, odd = tl.split(tl.permute(tl.reshape(sums, (2, 2, 2, BLOCK_M)), (3, 2, 1, 0)))
+            sums = even + odd
+        else:
+            sums = tl.permute(tl.reshape(sums, (2, 2, BLOCK_M)), (2, 1, 0))
+        even, odd = tl.split(sums)
+        even, odd = tl.split(even + odd)
+        sums = even + odd
+    return sums
 
 
 @triton.jit
