@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from same_code import intermediate, kernels_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
+from otfuse.backends.triton import too_large
 
+PACKAGE = "otfuse.kernels.triton"
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 RESOURCES = KERNELS / "resources.json"
 
@@ -67,7 +71,7 @@ class Variant(NamedTuple):
     tokens: str  # pointers in the dtype of the tokens (or cost)
     solution: str  # those in the dtype of the solve
     constants: dict[str, Any]
-    everywhere: bool = True  # or in the classes of 64 x 32 and 128 x 128 only
+    everywhere: bool = True  # or in two dtypes and two classes only
 
 
 _SOLUTION = "f_ptr g_ptr error_ptr history_ptr"
@@ -81,6 +85,12 @@ _LOSS = {"ASSIGNMENT": 0, "CONTRAST": 0, "MEAN": True, "PRECISION": "ieee"}
 VARIANTS = {
     "forward": Variant(
         *_FORWARD, "x_ptr y_ptr x_out_ptr y_out_ptr", _SOLUTION, _TOKENS | {"STOPS": False, "HISTORY": 2}
+    ),
+    "forward, inference": Variant(
+        *_FORWARD,
+        "x_ptr y_ptr x_out_ptr y_out_ptr",
+        "f_ptr g_ptr error_ptr",
+        _TOKENS | {"STOPS": False, "HISTORY": 0},
     ),
     "forward, everything": Variant(
         *_FORWARD,
@@ -129,15 +139,12 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-# A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
-# largest that are launched.
-TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-_OTHERS = [(256, 32), (32, 256), (64, 128)]
-OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
-OF_A_COST = [(256, 64), (64, 256)]  # as tokens these do not fit
-SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
+# A tile of every class. Of the forward, with its history and for a cost, every tile that is launched is in the table; of
+# what is not a class's own tile, on NVIDIA's targets.
+TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
+OTHERS = [(256, 32), (32, 256), (64, 128)]  # of the backward: those that lie the other way, or are thin
 
-# The other variants: in two dtypes and two classes, but for the forward with a cost, which is in all that it solves in.
+# The other variants: in two dtypes and two classes.
 SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
 
 
@@ -148,20 +155,29 @@ def rows() -> list[Row]:
         Row(name, dtype, tile, target)
         for name in names
         for dtype in DTYPES
-        for tile in tiles(VARIANTS[name], dtype)
+        for tile in tiles(name, dtype)
         for target in TARGETS
+        if target != "gfx942" or tile in [*TILES.values(), *OTHERS]
     ]
 
 
-def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
-    sizes = CLASSES[variant.configured][dtype]
-    if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
-        return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
-    if not variant.everywhere:
+def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
+    sizes = CLASSES[VARIANTS[name].configured][dtype]
+    of_classes = [TILES[size] for size in sizes]
+    if name == "forward" or (name == "forward, cost" and dtype in ("float64", "float32")):
+        return of_classes + [tile for tile in launched(dtype, name == "forward") if tile not in of_classes]
+    if not VARIANTS[name].everywhere:
         return SAMPLED.get(dtype, [])
-    if variant.configured in ("forward", "backward"):
-        return [TILES[size] for size in sizes] + OTHERS[dtype]
-    return [SQUARES[size] for size in sizes]
+    if name == "backward":
+        return of_classes + ([(32, 64)] if dtype == "float64" else OTHERS)
+    return of_classes
+
+
+def launched(dtype: str, tokens: bool) -> list[tuple[int, int]]:
+    """The tiles that the backend launches for tokens, or a cost, of this dtype."""
+    itemsize = 8 if dtype == "float64" else 4  # of the solve
+    sides = [16 << power for power in range(5)]
+    return [tile for tile in itertools.product(sides, sides) if not too_large(*tile, itemsize, tokens)]
 
 
 def must_not_spill(row: Row) -> bool:
@@ -178,10 +194,15 @@ def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resour
 
 def compile_variant(variant: Variant, dtype: str, configuration: dict[str, int], target: str) -> Any:
     """Triton's compiled kernel, with the texts of all its stages."""
-    blocks = dict(configuration)
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    source = _source(variant, dtype, variant.constants | blocks)
-    return triton.compile(source, target=TARGETS[target], options=options | {"enable_fp_fusion": True})
+    options, constants = _options(variant, configuration)
+    return triton.compile(_source(variant, dtype, constants), target=TARGETS[target], options=options)
+
+
+def _options(variant: Variant, configuration: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Triton's own, and the kernel's constants."""
+    own = ("num_warps", "num_stages")
+    options = {name: configuration[name] for name in own} | {"enable_fp_fusion": True}
+    return options, variant.constants | {name: size for name, size in configuration.items() if name not in own}
 
 
 def configured(row: Row) -> dict[str, int]:
@@ -191,9 +212,7 @@ def configured(row: Row) -> dict[str, int]:
     return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
 
 
-def _source(
-    variant: Variant, dtype: str, constants: dict[str, Any], package: str = "otfuse.kernels.triton"
-) -> ASTSource:
+def _source(variant: Variant, dtype: str, constants: dict[str, Any], package: str = PACKAGE) -> ASTSource:
     """The kernel with the types that its launcher passes; pointers are aligned, and so are rows of tokens."""
     module = importlib.import_module(f"{package}.{variant.module}")
     kernel = getattr(module, variant.kernel)
@@ -288,11 +307,11 @@ def committed(row: Row, table: dict[str, Any]) -> Resources | None:
     return None if found is None else Resources(*found[:3])
 
 
-def is_current(row: Row, table: dict[str, Any]) -> bool:
-    """Whether the table has the row, of these sources and as it is configured now."""
+def is_current(row: Row, table: dict[str, Any], sources: bool = True) -> bool:
+    """Whether the table has the row, of these ``sources`` and as it is configured now."""
     tile, kernel = f"{row.tile[0]}x{row.tile[1]}", VARIANTS[row.variant].configured
     found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
-    return table["sources"].get(kernel) == sources_hash(kernel) and found[3:] == _steps(row)
+    return (not sources or table["sources"].get(kernel) == sources_hash(kernel)) and found[3:] == _steps(row)
 
 
 def _steps(row: Row) -> list[int]:
@@ -341,14 +360,24 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
-def make_table(processes: int) -> list[str]:
-    """Writes the table as it grows, keeping the rows whose sources have not changed. What is wrong with it."""
+def make_table(processes: int, since: str | None) -> list[str]:
+    """Writes the table as it grows, the classes' own tiles first. What is wrong with it.
+
+    Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
+    """
     sources = sources_hashes()
     old = load_table()
     current = old["triton"] == triton.__version__
     kept = {row: committed(row, old) if current and is_current(row, old) else None for row in rows()}
     found = {row: resources for row, resources in kept.items() if resources}
-    missing = sorted((row for row in kept if row not in found), key=lambda row: not must_not_spill(row))
+    missing = [row for row in kept if row not in found]
+    if since and current:
+        found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
+        write_table(found, sources)
+    missing = sorted(
+        (row for row in missing if row not in found),
+        key=lambda row: (not must_not_spill(row), row.tile not in TILES.values()),
+    )
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
         wrong += problems(row, resources)
@@ -356,6 +385,24 @@ def make_table(processes: int) -> list[str]:
             found[row] = resources
             write_table(found, sources)
     return wrong
+
+
+def unchanged(wanted: list[Row], table: dict[str, Any], since: str) -> dict[Row, Resources]:
+    """Of rows of the table, those whose kernel is what it was at a git revision."""
+    same = {}
+    with kernels_of(since) as before:
+        for row in wanted:
+            variant, target = VARIANTS[row.variant], TARGETS[row.target]
+            options, constants = _options(variant, configured(row))
+            codes = [
+                intermediate(_source(variant, row.dtype, constants, package), target, options)
+                for package in (before, PACKAGE)
+            ]
+            resources = committed(row, table)
+            if codes[0] == codes[1] and resources:
+                same[row] = resources
+    print(f"{len(same)} of {len(wanted)} rows are what they were at {since}", flush=True)
+    return same
 
 
 def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
@@ -371,10 +418,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
+    parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    wrong = check(wanted, load_table()) if options.check or options.only else make_table(options.processes)
+    wrong = (
+        check(wanted, load_table()) if options.check or options.only else make_table(options.processes, options.since)
+    )
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

@@ -1,7 +1,7 @@
 """What one warp executes in each loop of a kernel, counted in the machine code, without a GPU.
 
 ``python benchmarks/count_instructions.py [VARIANT …] [--dtype bfloat16] [--tile 64x32] [--target sm_90]`` compiles the
-variants of ahead_of_time.py and one without a history, disassembles them with the tool that comes with Triton,
+variants of ahead_of_time.py, disassembles them with the tool that comes with Triton,
 and prints a table: innermost loops in the order of the code, with the shortest and the longest way through each. In the
 rounds those are an item in one piece, and one in the logarithmic form whose scalings are looked at.
 TRITON_INTERPRET must not be set.
@@ -23,12 +23,6 @@ from ahead_of_time import VARIANTS, Row, compile_variant, configured
 
 # What is counted besides all instructions: the part of a mnemonic before its first dot.
 KINDS = {"shuffles": ("SHFL",), "barriers": ("BAR",), "shared": ("LDS", "STS", "LDSM", "STSM"), "special": ("MUFU",)}
-
-# Without a history, as where no gradient is foreseen; in the table of resources it stands with other outputs.
-INFERENCE = VARIANTS["forward"]._replace(
-    solution="f_ptr g_ptr error_ptr", constants=VARIANTS["forward"].constants | {"HISTORY": 0}
-)
-COUNTED = {"forward, inference": INFERENCE} | VARIANTS
 DEFAULT = ("forward, inference", "forward", "backward")
 
 
@@ -104,8 +98,8 @@ def _counted(one: Instruction) -> Counter[str]:
 
 def count(name: str, dtype: str, tile: tuple[int, int], target: str, **changed: int) -> list[Loop]:
     """Of a variant as the table configures it, but for what is changed."""
-    row = Row(name if name in VARIANTS else "forward", dtype, tile, target)
-    compiled = compile_variant(COUNTED[name], dtype, configured(row) | changed, target)
+    row = Row(name, dtype, tile, target)
+    compiled = compile_variant(VARIANTS[name], dtype, configured(row) | changed, target)
     return loops(instructions(disassemble(compiled.asm["cubin"])))
 
 
@@ -123,7 +117,7 @@ def table(name: str, found: Sequence[Loop]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("variants", nargs="*", default=DEFAULT, metavar="VARIANT", help=f"of {', '.join(COUNTED)}")
+    parser.add_argument("variants", nargs="*", default=DEFAULT, metavar="VARIANT", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tile", default="64x32", help="BLOCK_N x BLOCK_M")
     parser.add_argument("--target", default="sm_90", help="of NVIDIA")

@@ -61,23 +61,9 @@ class TritonBackend(Backend):
             reasons += super().unsupported(problem)
         _, N, M = problem.shape
         size = problem.solve_dtype.itemsize
-        tokens, largest = problem.x is not None, LARGEST_TILE[size]
         dtype = str(problem.solve_dtype).removeprefix("torch.")
-        sides = tile_side(N), tile_side(M)
-        if sides[0] * sides[1] > largest:
-            reasons.append(
-                f"a kernel matrix of {N} x {M} does not fit on chip (at most {largest} entries in {dtype}, "
-                "N and M each rounded up to a power of two, at least 16)"
-            )
-        elif max(sides) > LONGEST_SIDE[size]:
-            reasons.append(
-                f"a side of {max(N, M)} does not fit on chip (at most {LONGEST_SIDE[size]} on either side in {dtype})"
-            )
-        elif tokens and max(sides) > 128 and sides[0] * sides[1] > LARGEST_LONG_TILE:
-            reasons.append(
-                f"tokens of {N} x {M} do not fit on chip (with more than 128 on a side, at most {LARGEST_LONG_TILE} "
-                "entries, N and M each rounded up to a power of two)"
-            )
+        if found := too_large(tile_side(N), tile_side(M), size, problem.x is not None):
+            reasons.append(found.format(N=N, M=M, side=max(N, M), dtype=dtype))
         return reasons
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
@@ -108,6 +94,24 @@ def _prepared(problem: Problem, *values: Tensor) -> tuple[tuple[Tensor | None, .
     """The tensors of the problem, x and y or a cost and None, and whether a backward may want a history."""
     inputs = (values[0], values[1] if len(values) == 2 else None, problem.a, problem.b)
     return inputs, torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def too_large(BLOCK_N: int, BLOCK_M: int, itemsize: int, tokens: bool) -> str:
+    """Why a tile is not launched, with the names of what is to be filled in; empty where it is."""
+    entries, longest = BLOCK_N * BLOCK_M, max(BLOCK_N, BLOCK_M)
+    if entries > LARGEST_TILE[itemsize]:
+        return (
+            f"a kernel matrix of {{N}} x {{M}} does not fit on chip (at most {LARGEST_TILE[itemsize]} entries in "
+            "{dtype}, N and M each rounded up to a power of two, at least 16)"
+        )
+    if longest > LONGEST_SIDE[itemsize]:
+        return f"a side of {{side}} does not fit on chip (at most {LONGEST_SIDE[itemsize]} on either side in {{dtype}})"
+    if tokens and longest > 128 and entries > LARGEST_LONG_TILE:
+        return (
+            f"tokens of {{N}} x {{M}} do not fit on chip (with more than 128 on a side, at most {LARGEST_LONG_TILE} "
+            "entries, N and M each rounded up to a power of two)"
+        )
+    return ""
 
 
 def tile_side(size: int) -> int:
