@@ -139,8 +139,8 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-# A tile of every class. Of the forward, with its history and for a cost, every tile that is launched is in the table; of
-# what is not a class's own tile, on NVIDIA's targets.
+# A tile of every class. Of the forward, with its history and for a cost, every tile that is launched is in the table;
+# those that are not a class's own, on NVIDIA's targets.
 TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 OTHERS = [(256, 32), (32, 256), (64, 128)]  # of the backward: those that lie the other way, or are thin
 

@@ -213,11 +213,14 @@ def divide(left, right):
 @triton.constexpr_function
 def crossed(tokens, BLOCK_N, BLOCK_M):
     """Over how many warps the rows of a tile of these tokens are spread, where column_sums is to go about them in its
-    own way, or zero. It is so on thin tiles whose transpose is what tensor cores make (tile_product); the number is
-    that of the configurations of this size."""
-    if tokens.primitive_bitwidth != 16 or BLOCK_M > 32 or BLOCK_N < 32:
+    own way, or zero.
+
+    It is so on thin tiles whose transpose is what tensor cores make (tile_product); the number is that of the
+    configurations of this size. Chosen by the compiler's word: tiles of 32 x 32 and 128 x 32 would have a stack.
+    """
+    if tokens.primitive_bitwidth != 16 or BLOCK_M > 32:
         return 0
-    return 4 if BLOCK_N * BLOCK_M <= 2048 else 8
+    return 4 if BLOCK_N >= 64 and BLOCK_N * BLOCK_M <= 2048 else 8 if BLOCK_N >= 256 else 0
 
 
 @triton.jit
