@@ -1,5 +1,6 @@
 """What the Triton kernels take of every GPU, compiled without one, against kernels/triton/resources.json."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -16,6 +18,8 @@ import ahead_of_time  # noqa: E402
 from ahead_of_time import Resources, Row  # noqa: E402
 
 from otfuse.backends import _triton_configurations as configurations  # noqa: E402
+from otfuse.backends.triton import TritonBackend, tile_side  # noqa: E402
+from otfuse.problem import cost_problem, token_problem  # noqa: E402
 
 TABLE = ahead_of_time.load_table()
 ROWS = ahead_of_time.rows()
@@ -27,6 +31,7 @@ ANEW = (
     Row("forward", "bfloat16", (128, 128), "sm_100"),
     Row("forward", "float16", (128, 64), "sm_80"),
     Row("forward", "float64", (64, 64), "sm_90"),
+    Row("forward, inference", "bfloat16", (64, 32), "sm_100"),
     Row("forward, everything", "float32", (64, 32), "gfx942"),
     Row("forward, cost", "float32", (128, 128), "sm_100"),
     Row("backward", "float32", (64, 32), "sm_80"),
@@ -37,6 +42,24 @@ ANEW = (
     Row("loss", "float32", (32, 32), "sm_90"),
     Row("loss, backward", "bfloat16", (32, 32), "sm_100"),
 )
+
+# Of the intermediate code of every kernel: lines with what the number of an item becomes first, and with atomics.
+READ = """
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+import ahead_of_time
+from ahead_of_time import Row, TARGETS, VARIANTS
+from same_code import intermediate
+found = {}
+for name, variant in VARIANTS.items():
+    row = Row(name, "bfloat16", (32, 32) if "loss" in name else (64, 32), "sm_90")
+    options, constants = ahead_of_time._options(variant, ahead_of_time.configured(row))
+    code = intermediate(ahead_of_time._source(variant, row.dtype, constants), TARGETS[row.target], options)
+    (item,) = re.findall(r"(%[0-9]+) = tt.get_program_id x", code)
+    uses = [line.strip() for line in code.splitlines() if re.search(item + r"\\b(?! =)", line)]
+    found[name] = uses, [line for line in code.splitlines() if "atomic" in line]
+print(json.dumps(found))
+"""
 
 COMPILE = """
 import json, sys
@@ -49,14 +72,17 @@ if __name__ == "__main__":
 """
 
 
-def compile_elsewhere(rows, configuration=None):
-    """In a process of its own: where the interpreter is on, there is nothing to compile."""
+def elsewhere(script, *arguments):
+    """What a script prints in a process of its own: where the interpreter is on, there is nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(ROOT / "benchmarks"), json.dumps(rows)]
-    command.append(json.dumps(configuration and [configuration] * len(rows)))
+    command = [sys.executable, "-c", script, str(ROOT / "benchmarks"), *map(json.dumps, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_elsewhere(rows, configuration=None):
+    found = elsewhere(COMPILE, rows, configuration and [configuration] * len(rows))
     return [result if isinstance(result, str) else Resources(*result) for result in found]
 
 
@@ -78,6 +104,24 @@ def test_the_table_covers_every_kernel_dtype_class_and_target():
                 if ahead_of_time.VARIANTS[row.variant].configured == kernel and row.dtype == dtype
             }
             assert found == {(target, size) for target in ahead_of_time.TARGETS for size in sizes}, (kernel, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["forward", "forward, cost"])
+def test_every_tile_of_the_forward_that_is_launched_is_in_the_table(variant, dtype):
+    """Of tokens with their history, and of a cost in the dtype that it is solved in: whatever N and M are taken."""
+    if variant == "forward, cost" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    sizes, taken = [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257], set()
+    for N, M in itertools.product(sizes, sizes):
+        if variant == "forward":
+            x, y = torch.zeros(1, N, 2, dtype=dtype), torch.zeros(1, M, 2, dtype=dtype)
+            problem = token_problem(x, y, 0.1, None, None, "cosine", 1, None, "plan", "unroll", False)
+        else:
+            problem = cost_problem(torch.zeros(1, N, M, dtype=dtype), 0.1, None, None, 1, None, "unroll")
+        if not any("fit on chip" in reason for reason in TritonBackend().unsupported(problem)):
+            taken.add((tile_side(N), tile_side(M)))
+    assert taken == {row.tile for row in ROWS if row[:2] == (variant, str(dtype).removeprefix("torch."))}
 
 
 def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():
@@ -109,6 +153,15 @@ def test_compiled_anew():
     if triton.__version__ != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}; registers of {triton.__version__} may differ")
     assert not [line for pair in zip(ANEW, found) for line in ahead_of_time.differences(*pair, TABLE)]
+
+
+def test_items_are_counted_in_64_bits_and_nothing_is_atomic():
+    """In every kernel: B N D may pass 2^31, and a sum of floats has one order."""
+    found = elsewhere(READ)
+    assert set(found) == set(ahead_of_time.VARIANTS)
+    for name, (uses, atomics) in found.items():
+        assert uses and all("arith.extsi" in use and "to i64" in use for use in uses), (name, uses)
+        assert not atomics, name
 
 
 def test_a_bad_configuration_is_reported():
