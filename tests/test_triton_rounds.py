@@ -7,7 +7,6 @@ from otfuse.backends.triton import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-
 from otfuse.kernels.triton.rounds import column_sums, crossed, tile_product  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -27,7 +26,9 @@ def sums_kernel(
     tl.store(out_ptr + columns, column_sums(tile, CROSSED))
 
 
-@pytest.mark.parametrize("N, M, warps", [(64, 16, 4), (64, 32, 4), (128, 16, 4), (256, 32, 8), (32, 32, 0), (64, 64, 0)])
+@pytest.mark.parametrize(
+    "N, M, warps", [(64, 16, 4), (64, 32, 4), (128, 16, 4), (256, 32, 8), (32, 32, 0), (64, 64, 0)]
+)
 def test_column_sums_of_products(N, M, warps):
     """Of whole numbers, whose sums have no roundings: in any order they are the same."""
     assert crossed(tl.bfloat16, N, M) == crossed(tl.float16, N, M) == warps and crossed(tl.float32, N, M) == 0

@@ -207,7 +207,7 @@ def launch_sinkhorn(
     plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
         return plan, *solution
-    blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
+    blocks = _blocks("forward, cost", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
     with _on(cost.device):
         arguments = (
