@@ -362,7 +362,7 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
 
 
 def make_table(processes: int, since: str | None) -> list[str]:
-    """Writes the table as it grows, the classes' own tiles first. What is wrong with it.
+    """Writes the table as it grows, every target's tiles first. What is wrong with it.
 
     Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
     """
@@ -377,7 +377,7 @@ def make_table(processes: int, since: str | None) -> list[str]:
         write_table(found, sources)
     missing = sorted(
         (row for row in missing if row not in found),
-        key=lambda row: (not must_not_spill(row), row.tile not in TILES.values()),
+        key=lambda row: (row.tile not in [*TILES.values(), *OTHERS], not must_not_spill(row)),
     )
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
