@@ -139,44 +139,45 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-# A tile of every class. Of the forward, with its history and for a cost, every tile that is launched is in the table;
-# those that are not a class's own, for sm_90.
+# A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
+# largest that are launched.
 TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-OTHERS = [(256, 32), (32, 256), (64, 128)]  # of the backward: those that lie the other way, or are thin
+_OTHERS = [(256, 32), (32, 256), (64, 128)]
+OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
+OF_A_COST = {"float64": [(32, 64)], "float32": [*_OTHERS, (256, 64), (64, 256)]}  # the last as tokens do not fit
 
-# The other variants: in two dtypes and two classes.
+# The other variants: in two dtypes and two classes, but for the forward with a cost, which is in all that it solves in.
 SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
 
 
-def rows() -> list[Row]:
-    """Every row of the table, the main variants first."""
+def rows(every_tile: bool = False) -> list[Row]:
+    """Every row of the table, the main variants first; or, of the forward, every tile that is launched."""
     names = sorted(VARIANTS, key=lambda name: not VARIANTS[name].everywhere)
     return [
         Row(name, dtype, tile, target)
         for name in names
         for dtype in DTYPES
-        for tile in tiles(name, dtype)
+        for tile in (launched(name, dtype) if every_tile else tiles(name, dtype))
         for target in TARGETS
-        if target == "sm_90" or tile in [*TILES.values(), *OTHERS]
     ]
 
 
 def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
-    sizes = CLASSES[VARIANTS[name].configured][dtype]
-    of_classes = [TILES[size] for size in sizes]
-    if name == "forward" or (name == "forward, cost" and dtype in ("float64", "float32")):
-        return of_classes + [tile for tile in launched(dtype, name == "forward") if tile not in of_classes]
+    of_classes = [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
+    if name == "forward, cost" and dtype in OF_A_COST:
+        return of_classes + OF_A_COST[dtype]
     if not VARIANTS[name].everywhere:
         return SAMPLED.get(dtype, [])
-    if name == "backward":
-        return of_classes + ([(32, 64)] if dtype == "float64" else OTHERS)
-    return of_classes
+    return of_classes + (OTHERS[dtype] if name in ("forward", "backward") else [])
 
 
-def launched(dtype: str, tokens: bool) -> list[tuple[int, int]]:
-    """The tiles that the backend launches for tokens, or a cost, of this dtype."""
+def launched(name: str, dtype: str) -> list[tuple[int, int]]:
+    """The tiles that the backend launches a forward for, of tokens or a cost of this dtype."""
+    if VARIANTS[name].configured != "forward":
+        return []
     itemsize = 8 if dtype == "float64" else 4  # of the solve
     sides = [16 << power for power in range(5)]
+    tokens = name != "forward, cost"
     return [tile for tile in itertools.product(sides, sides) if not too_large(*tile, itemsize, tokens)]
 
 
@@ -362,7 +363,7 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
 
 
 def make_table(processes: int, since: str | None) -> list[str]:
-    """Writes the table as it grows, every target's tiles first. What is wrong with it.
+    """Writes the table as it grows, what must not spill first. What is wrong with it.
 
     Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
     """
@@ -375,10 +376,7 @@ def make_table(processes: int, since: str | None) -> list[str]:
     if since and current:
         found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
         write_table(found, sources)
-    missing = sorted(
-        (row for row in missing if row not in found),
-        key=lambda row: (row.tile not in [*TILES.values(), *OTHERS], not must_not_spill(row)),
-    )
+    missing = sorted((row for row in missing if row not in found), key=lambda row: not must_not_spill(row))
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
         wrong += problems(row, resources)
@@ -420,6 +418,7 @@ def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--every-tile", action="store_true", help="check all tiles of the forward, in the table or not")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
     parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
