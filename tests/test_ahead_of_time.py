@@ -108,8 +108,8 @@ def test_the_table_covers_every_kernel_dtype_class_and_target():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["forward", "forward, cost"])
-def test_every_tile_of_the_forward_that_is_launched_is_in_the_table(variant, dtype):
-    """Of tokens with their history, and of a cost in the dtype that it is solved in: whatever N and M are taken."""
+def test_every_tile_means_those_that_are_launched(variant, dtype):
+    """By ``--every-tile``: of tokens, and of a cost in the dtype that it is solved in, for whatever N and M are taken."""
     if variant == "forward, cost" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
     sizes, taken = [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257], set()
@@ -121,7 +121,8 @@ def test_every_tile_of_the_forward_that_is_launched_is_in_the_table(variant, dty
             problem = cost_problem(torch.zeros(1, N, M, dtype=dtype), 0.1, None, None, 1, None, "unroll")
         if not any("fit on chip" in reason for reason in TritonBackend().unsupported(problem)):
             taken.add((tile_side(N), tile_side(M)))
-    assert taken == {row.tile for row in ROWS if row[:2] == (variant, str(dtype).removeprefix("torch."))}
+    named = variant, str(dtype).removeprefix("torch.")
+    assert taken == {row.tile for row in ahead_of_time.rows(every_tile=True) if row[:2] == named}
 
 
 def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():

@@ -1,4 +1,4 @@
-"""Which kernels a change of the device code leaves as they were: the change is made to what a revision is said to hold."""
+"""Which kernels a change of the device code leaves as they were; the change is made to what git is said to hold."""
 
 import json
 import os
