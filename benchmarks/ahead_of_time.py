@@ -1,7 +1,8 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
 ``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
-differs, of all rows or of those that have all the words of ``--only WORD …``. TRITON_INTERPRET must not be set.
+differs, of all rows or of those that have all the words of ``--only WORD …``. ``--every-tile`` compiles every tile that a
+forward is launched with, in the table or not, and says which spill. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -424,9 +425,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    wrong = (
-        check(wanted, load_table()) if options.check or options.only else make_table(options.processes, options.since)
-    )
+    if options.every_tile:
+        wrong = [
+            line for pair in zip(wanted, compile_rows(wanted, None, options.processes)) for line in problems(*pair)
+        ]
+    elif options.check or options.only:
+        wrong = check(wanted, load_table())
+    else:
+        wrong = make_table(options.processes, options.since)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

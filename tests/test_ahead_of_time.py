@@ -109,7 +109,7 @@ def test_the_table_covers_every_kernel_dtype_class_and_target():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["forward", "forward, cost"])
 def test_every_tile_means_those_that_are_launched(variant, dtype):
-    """By ``--every-tile``: of tokens, and of a cost in the dtype that it is solved in, for whatever N and M are taken."""
+    """Of tokens, and of a cost in the dtype that it is solved in, for whatever N and M the backend takes."""
     if variant == "forward, cost" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
     sizes, taken = [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257], set()
