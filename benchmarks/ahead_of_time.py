@@ -1,8 +1,8 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
 ``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
-differs, of all rows or of those that have all the words of ``--only WORD …``. ``--every-tile`` compiles every tile that a
-forward is launched with, in the table or not, and says which spill. TRITON_INTERPRET must not be set.
+differs, of all rows or of those that have all the words of ``--only WORD …``. ``--every-tile`` compiles every tile that
+a forward is launched with, in the table or not, and says which spill. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -426,9 +426,8 @@ def main() -> None:
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
     if options.every_tile:
-        wrong = [
-            line for pair in zip(wanted, compile_rows(wanted, None, options.processes)) for line in problems(*pair)
-        ]
+        found = compile_rows(wanted, processes=options.processes)
+        wrong = [line for row, resources in zip(wanted, found) for line in problems(row, resources)]
     elif options.check or options.only:
         wrong = check(wanted, load_table())
     else:
