@@ -1,7 +1,8 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
 ``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
-differs, of all rows or of those that have all the words of ``--only WORD …``. TRITON_INTERPRET must not be set.
+differs, of all rows or of those that have all the words of ``--only WORD …``. ``--every-tile`` compiles every tile that
+a forward is launched with, in the table or not, and says which spill. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
+import itertools
 import json
 import os
 import re
@@ -23,13 +26,18 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import variants_packed
+import variants_small
+import variants_streaming
+from same_code import intermediate, kernels_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from variant import SAMPLED, SOLUTION, TOKENS, WEIGHTS, Variant
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
-from otfuse.backends.triton_large import ATTENDED, LINES, WHOLE_LINES, blocks_of
-from otfuse.backends.triton_small import HELD, small_blocks
+from otfuse.backends._triton_paths import fits_on_chip
 
+PACKAGE = "otfuse.kernels.triton"
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 RESOURCES = KERNELS / "resources.json"
 
@@ -60,149 +68,42 @@ class Row(NamedTuple):
         return f"{self.variant} {self.dtype} {self.tile[0]}x{self.tile[1]} {self.target}"
 
 
-class Variant(NamedTuple):
-    """A way in which a launcher calls a kernel: the pointers that are not None, the constants, the table's row."""
-
-    module: str
-    kernel: str
-    configured: str
-    tokens: str  # pointers in the dtype of the tokens (or cost)
-    solution: str  # those in the dtype of the solve
-    constants: dict[str, Any]
-    everywhere: bool = True  # or in the classes of 64 x 32 and 128 x 128 only
-
-
-_SOLUTION = "f_ptr g_ptr error_ptr history_ptr"
-_WEIGHTS = "a_ptr b_ptr "
-_TOKENS = {"COSINE": True, "BARYCENTRIC": False, "PRECISION": "ieee"}
 _COST = {"COSINE": False, "BARYCENTRIC": False, "PRECISION": "ieee"}
 _FORWARD = ("attend", "_attend_fwd_kernel", "forward")
 _BACKWARD = ("attend_backward", "_attend_bwd_kernel", "backward")
-_SMALL = ("small", "_small_fwd_kernel")
-_SMALL_BACKWARD = ("small_backward", "_small_bwd_kernel")
 _LOSS = {"ASSIGNMENT": 0, "CONTRAST": 0, "MEAN": True, "PRECISION": "ieee"}
-
-# Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": triton_large.blocks_of) is what is configured.
-_FORWARD_STRIP = ("streaming", "_strip_kernel")
-_TOKEN_STRIP = {"FIRST": False, "LAST": False, "PRECISION": "ieee"}
-_STATE = "weights_ptr exponent_ptr scaling_ptr "
-_FOUND = "new_u_ptr part_ptr found_ptr "
-_ADJOINT = "weights_ptr history_ptr first_ptr start_ptr sums_ptr pull_ptr total_ptr part_ptr "
-_MEETING = "weights_ptr history_ptr first_ptr "
-_UNROLLED = {"MODE": 1, "BARYCENTRIC": True, "PRECISION": "ieee"}
-_SENT = "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr "
-
-STREAMING = {
-    "streaming: strip, tokens": Variant(
-        *_FORWARD_STRIP, "tokens", "x_ptr y_ptr", _STATE + _FOUND + "inverse_ptr", _TOKEN_STRIP
-    ),
-    "streaming: strip, similarity": Variant(
-        *_FORWARD_STRIP, "matrix", "", _STATE + _FOUND + "matrix_ptr", _TOKEN_STRIP
-    ),
-    "streaming: strip, cost": Variant(*_FORWARD_STRIP, "matrix", "matrix_ptr", _STATE + _FOUND, _TOKEN_STRIP),
-    "streaming: first strip, tokens": Variant(
-        *_FORWARD_STRIP, "tokens", "x_ptr y_ptr", _STATE + _FOUND + "inverse_ptr", _TOKEN_STRIP | {"FIRST": True}
-    ),
-    "streaming: gather": Variant(
-        "streaming", "_gather_kernel", "lines", "", _STATE + _FOUND + "first_ptr items_ptr history_ptr",
-        {"FIRST": False, "STOPS": True, "HISTORY": 2},
-    ),
-    "streaming: finish": Variant(
-        "streaming", "_finish_kernel", "lines", "",
-        _STATE + "found_ptr first_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
-    ),
-    "streaming: weights": Variant("streaming", "_weights_kernel", "lines", "a_ptr b_ptr", "weights_ptr items_ptr", {}),
-    "streaming: norms": Variant("streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {}),
-    "streaming: similarity": Variant(
-        "streaming", "_matrix_kernel", "tokens", "x_ptr y_ptr",
-        _STATE + "inverse_ptr items_ptr similarity_ptr", {"PRECISION": "ieee"},
-    ),
-    "streaming: plan, cost": Variant(
-        "streaming", "_matrix_kernel", "matrix", "matrix_ptr plan_ptr", _STATE + "items_ptr", {"PRECISION": "ieee"}
-    ),
-    "streaming: attend, tokens": Variant(
-        "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "inverse_ptr items_ptr",
-        {"BARYCENTRIC": True, "PRECISION": "ieee"},
-    ),
-    "streaming: attend, similarity": Variant(
-        "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "matrix_ptr items_ptr",
-        {"BARYCENTRIC": True, "PRECISION": "ieee"},
-    ),
-    "streaming, backward: start": Variant(
-        "streaming_backward", "_start_kernel", "gradient", _SENT, _MEETING + "matrix_ptr rows_ptr part_ptr", _UNROLLED
-    ),
-    "streaming, backward: started": Variant(
-        "streaming_backward", "_started_kernel", "lines", "",
-        "weights_ptr rows_ptr part_ptr start_ptr attended_ptr sums_ptr pull_ptr total_ptr",
-        {"MODE": 1, "BARYCENTRIC": True},
-    ),
-    "streaming, backward: round, tokens": Variant(
-        "streaming_backward", "_adjoint_strip_kernel", "tokens", "x_ptr y_ptr", _ADJOINT + "inverse_ptr",
-        {"PHASE": 0, "PRECISION": "ieee"},
-    ),
-    "streaming, backward: round, similarity": Variant(
-        "streaming_backward", "_adjoint_strip_kernel", "matrix", "", _ADJOINT + "matrix_ptr",
-        {"PHASE": 0, "PRECISION": "ieee"},
-    ),
-    "streaming, backward: step, similarity": Variant(
-        "streaming_backward", "_adjoint_strip_kernel", "matrix", "", _ADJOINT + "matrix_ptr",
-        {"PHASE": 2, "PRECISION": "ieee"},
-    ),
-    "streaming, backward: gather": Variant(
-        "streaming_backward", "_adjoint_gather_kernel", "lines", "", "weights_ptr part_ptr pull_ptr total_ptr", {}
-    ),
-    "streaming, backward: gradients": Variant(
-        "streaming_backward", "_gradients_kernel", "lines", "",
-        "start_ptr sums_ptr part_ptr mapped_ptr residual_ptr direction_ptr total_ptr numbers_ptr", {"FIRST": False},
-    ),
-    "streaming, backward: cost": Variant(
-        "streaming_backward", "_matrix_gradient_kernel", "matrix", "matrix_ptr grad_plan_ptr grad_ptr",
-        _MEETING + "pull_ptr total_ptr", _UNROLLED | {"BARYCENTRIC": False},
-    ),
-    "streaming, backward: similarity": Variant(
-        "streaming_backward", "_matrix_gradient_kernel", "gradient", _SENT,
-        _MEETING + "matrix_ptr grad_ptr pull_ptr total_ptr", _UNROLLED,
-    ),
-    "streaming, backward: pull, tokens": Variant(
-        "streaming_backward", "_pull_kernel", "pull", _SENT + "grad_x_ptr",
-        _MEETING + "inverse_ptr pull_ptr total_ptr", _UNROLLED | {"SWAPPED": True, "COSINE": True},
-    ),
-    "streaming, backward: pull, similarity": Variant(
-        "streaming_backward", "_pull_kernel", "pull", _SENT + "grad_x_ptr",
-        _MEETING + "matrix_ptr inverse_ptr grad_ptr pull_ptr total_ptr",
-        _UNROLLED | {"SWAPPED": False, "COSINE": True},
-    ),
-    "streaming, backward: weights": Variant(
-        "streaming_backward", "_weight_gradient_kernel", "lines", "grad_ptr",
-        "weights_ptr items_ptr history_ptr total_ptr attended_ptr", {"MODE": 1},
-    ),
-}  # fmt: skip
 
 VARIANTS = {
     "forward": Variant(
-        *_FORWARD, "x_ptr y_ptr x_out_ptr y_out_ptr", _SOLUTION, _TOKENS | {"STOPS": False, "HISTORY": 2}
+        *_FORWARD, "x_ptr y_ptr x_out_ptr y_out_ptr", SOLUTION, TOKENS | {"STOPS": False, "HISTORY": 2}
+    ),
+    "forward, inference": Variant(
+        *_FORWARD,
+        "x_ptr y_ptr x_out_ptr y_out_ptr",
+        "f_ptr g_ptr error_ptr",
+        TOKENS | {"STOPS": False, "HISTORY": 0},
     ),
     "forward, everything": Variant(
         *_FORWARD,
-        _WEIGHTS + "x_ptr y_ptr x_out_ptr y_out_ptr plan_ptr",
+        WEIGHTS + "x_ptr y_ptr x_out_ptr y_out_ptr plan_ptr",
         "f_ptr g_ptr error_ptr",
-        _TOKENS | {"STOPS": True, "HISTORY": 0, "BARYCENTRIC": True},
+        TOKENS | {"STOPS": True, "HISTORY": 0, "BARYCENTRIC": True},
         False,
     ),
     "forward, cost": Variant(
-        *_FORWARD, "similarity_ptr plan_ptr", _SOLUTION, _COST | {"STOPS": False, "HISTORY": 2}, False
+        *_FORWARD, "similarity_ptr plan_ptr", SOLUTION, _COST | {"STOPS": False, "HISTORY": 2}, False
     ),
     "backward": Variant(
         *_BACKWARD,
         "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
         "history_ptr",
-        _TOKENS | {"MODE": 1},
+        TOKENS | {"MODE": 1},
     ),
     "backward, implicit": Variant(
         *_BACKWARD,
-        _WEIGHTS + "grad_a_ptr grad_b_ptr x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
+        WEIGHTS + "grad_a_ptr grad_b_ptr x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr",
         "history_ptr",
-        _TOKENS | {"MODE": 2, "BARYCENTRIC": True},
+        TOKENS | {"MODE": 2, "BARYCENTRIC": True},
         False,
     ),
     "backward, cost": Variant(
@@ -227,130 +128,99 @@ VARIANTS = {
         "normaliser_ptr grad_terms_ptr",
         _LOSS,
     ),
-    "small": Variant(*_SMALL, "small", "cost_ptr plan_ptr", _SOLUTION, {"STOPS": False, "HISTORY": 2}),
-    "small, everything": Variant(
-        *_SMALL, "small, everything", _WEIGHTS + "cost_ptr plan_ptr", _SOLUTION, {"STOPS": True, "HISTORY": 1}, False
-    ),
-    "small, backward": Variant(
-        *_SMALL_BACKWARD, "small, backward", "cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr",
-        {"STOPS": False, "MODE": 1},
-    ),
-    "small, backward, everything": Variant(
-        *_SMALL_BACKWARD, "small, backward, everything",
-        _WEIGHTS + "grad_a_ptr grad_b_ptr cost_ptr grad_plan_ptr grad_cost_ptr", "history_ptr grad_f_ptr grad_g_ptr",
-        {"STOPS": True, "MODE": 1}, False,
-    ),
-    **STREAMING,
 }  # fmt: skip
+
+INTEGERS = "rounds", "has_mass", "stopped", "done", "cu_seqlens_x", "cu_seqlens_y"  # pointers
+FAMILIES = variants_small.FAMILY, variants_streaming.FAMILY, variants_packed.FAMILY
+FAMILY_OF = {name: family for family in FAMILIES for name in family.variants}
+for _family in FAMILIES:
+    VARIANTS |= _family.variants
 
 # A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
 # largest that are launched.
-TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
+TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 _OTHERS = [(256, 32), (32, 256), (64, 128)]
 OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
-OF_A_COST = [(256, 64), (64, 256)]  # as tokens these do not fit
-SQUARES = TILES | {1024: (32, 32)}  # of the kernels that cut what is larger
-
-# Of the kernels for many small costs: a square of every class; in float32 the forward of the other pairs of sides too.
-SMALL_SIDES = (2, 4, 8, 16)
-SMALL_SQUARES = [(side, side) for side in SMALL_SIDES]
-SMALL_OTHERS = [(N, M) for N in SMALL_SIDES for M in SMALL_SIDES if N != M]
-
-# The other variants: in two dtypes and two classes, but for the forward with a cost, which is in all that it solves in.
-SAMPLED = {"float32": [(64, 32), (128, 128)], "bfloat16": [(64, 32), (128, 128)]}
+OF_A_COST = {"float64": [(32, 64)], "float32": [*_OTHERS, (256, 64), (64, 256)]}  # the last as tokens do not fit
 
 
-def rows() -> list[Row]:
-    """Every row of the table, the main variants first."""
+def rows(every_tile: bool = False) -> list[Row]:
+    """Every row of the table, the main variants first; or, of the forward, every tile that is launched."""
     names = sorted(VARIANTS, key=lambda name: not VARIANTS[name].everywhere)
     return [
         Row(name, dtype, tile, target)
         for name in names
         for dtype in DTYPES
-        for tile in tiles(VARIANTS[name], dtype)
+        for tile in (launched(name, dtype) if every_tile else tiles(name, dtype))
         for target in TARGETS
     ]
 
 
-def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
-    if variant in STREAMING.values():
-        if not variant.tokens and dtype not in ("float64", "float32"):
-            return []  # what sees no tokens is launched in the dtypes of the solve only
-        blocks = streaming_blocks(variant, dtype)
-        return [(blocks.get("BLOCK_N", blocks.get("BLOCK")), blocks.get("BLOCK_M", 1))]
-    if variant.configured in HELD:
-        if not variant.everywhere:
-            return SMALL_SQUARES if dtype in ("float64", "float32") else []
-        return SMALL_SQUARES + (SMALL_OTHERS if (variant.configured, dtype) == ("small", "float32") else [])
-    sizes = CLASSES[variant.configured][dtype]
-    if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
-        return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
-    if not variant.everywhere:
+def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
+    if name in FAMILY_OF:
+        return FAMILY_OF[name].tiles(name, dtype)
+    of_classes = [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
+    if name == "forward, cost" and dtype in OF_A_COST:
+        return of_classes + OF_A_COST[dtype]
+    if not VARIANTS[name].everywhere:
         return SAMPLED.get(dtype, [])
-    if variant.configured in ("forward", "backward"):
-        return [TILES[size] for size in sizes] + OTHERS[dtype]
-    return [SQUARES[size] for size in sizes]
+    return of_classes + (OTHERS[dtype] if name in ("forward", "backward") else [])
+
+
+def launched(name: str, dtype: str) -> list[tuple[int, int]]:
+    """The tiles that the backend launches a forward for, of tokens or a cost of this dtype."""
+    if name in FAMILY_OF or VARIANTS[name].configured != "forward":
+        return []
+    sides = [16 << power for power in range(5)]
+    features = 0 if name == "forward, cost" else 1
+    fits = (tile for tile in itertools.product(sides, sides) if fits_on_chip(*tile, features, getattr(torch, dtype)))
+    return list(fits)
 
 
 def must_not_spill(row: Row) -> bool:
     """Forward kernels never; what a backward kernel spills is pinned by the table."""
-    if row.variant in STREAMING:
-        return VARIANTS[row.variant].module == "streaming"
-    return VARIANTS[row.variant].configured in ("forward", "small", "small, everything")
+    if row.variant in FAMILY_OF:
+        return FAMILY_OF[row.variant].forward(row.variant)
+    return VARIANTS[row.variant].configured == "forward"
 
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
     """Of this row, as the committed table configures it or otherwise."""
-    variant = VARIANTS[row.variant]
-    blocks = dict(configuration or configured(row))
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    source = _source(variant, row.dtype, variant.constants | blocks)
-    compiled = triton.compile(source, target=TARGETS[row.target], options=options | {"enable_fp_fusion": True})
+    compiled = compile_variant(VARIANTS[row.variant], row.dtype, configuration or configured(row), row.target)
     read: Callable[..., tuple[int, int]] = _of_cubin if "cubin" in compiled.asm else _of_amdgcn
     return Resources(*read(compiled.asm), compiled.metadata.shared)
 
 
+def compile_variant(variant: Variant, dtype: str, configuration: dict[str, int], target: str) -> Any:
+    """Triton's compiled kernel, with the texts of all its stages."""
+    options, constants = _options(variant, configuration)
+    return triton.compile(_source(variant, dtype, constants), target=TARGETS[target], options=options)
+
+
+def _options(variant: Variant, configuration: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Triton's own, and the kernel's constants."""
+    own = ("num_warps", "num_stages")
+    options = {name: configuration[name] for name in own} | {"enable_fp_fusion": True}
+    return options, variant.constants | {name: size for name, size in configuration.items() if name not in own}
+
+
 def configured(row: Row) -> dict[str, int]:
     """What the committed table launches it with."""
-    if row.variant in STREAMING:
-        return streaming_blocks(VARIANTS[row.variant], row.dtype)
-    if row.variant in HELD:
-        blocks = small_blocks(row.variant, *row.tile, getattr(torch, row.dtype))
-        return blocks | {"EXACT": blocks["EXACT"] and VARIANTS[row.variant].everywhere}
+    if row.variant in FAMILY_OF:
+        return FAMILY_OF[row.variant].blocks(row.variant, row.dtype, row.tile, row.target)
     # A cost is widened as it is read: its kernels are configured as those of the dtype that they solve in.
     dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
-    return block_sizes(VARIANTS[row.variant].configured, dtype, *row.tile, row.target)
+    kernel = row.variant if row.variant == "forward, cost" else VARIANTS[row.variant].configured
+    return block_sizes(kernel, dtype, *row.tile, row.target)
 
 
-def streaming_blocks(variant: Variant, dtype: str) -> dict[str, int]:
-    """Block sizes and options as triton_large launches them."""
-    values = getattr(torch, dtype)
-    if variant.configured == "lines":
-        lines = WHOLE_LINES if "eights_kernel" in variant.kernel or "weight_g" in variant.kernel else LINES
-        return {"BLOCK": lines, "num_warps": 4, "num_stages": 3}
-    if variant.configured == "norms":
-        return {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
-    source = {"pull": "gradient"}.get(variant.configured, variant.configured)
-    blocks = blocks_of(source, values)._asdict()
-    if variant.configured in ("attend", "pull"):
-        blocks["BLOCK_F"] = ATTENDED[values.itemsize]
-    return blocks
-
-
-def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSource:
+def _source(variant: Variant, dtype: str, constants: dict[str, Any], package: str = PACKAGE) -> ASTSource:
     """The kernel with the types that its launcher passes; pointers are aligned, and so are rows of tokens."""
-    module = __import__(f"otfuse.kernels.triton.{variant.module}", fromlist=[variant.kernel])
+    module = importlib.import_module(f"{package}.{variant.module}")
     kernel = getattr(module, variant.kernel)
     tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)
-    types |= {
-        "rounds_ptr": "*i32",
-        "has_mass_ptr": "*i32",
-        "stopped_ptr": "*i32",
-        "done_ptr": "*i32",
-        "scale": "fp64",
-        "tol": "fp64",
-    }
+    types |= {name + "_ptr": "*i32" for name in INTEGERS} | {"scale": "fp64", "tol": "fp64"}
     signature, constant, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or (name.endswith("_ptr") and name not in types):
@@ -442,11 +312,11 @@ def committed(row: Row, table: dict[str, Any]) -> Resources | None:
     return None if found is None else Resources(*found[:3])
 
 
-def is_current(row: Row, table: dict[str, Any]) -> bool:
-    """Whether the table has the row, of these sources and as it is configured now."""
-    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", sources_of(row)
+def is_current(row: Row, table: dict[str, Any], sources: bool = True) -> bool:
+    """Whether the table has the row, of these ``sources`` and as it is configured now."""
+    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", source_of(row.variant)
     found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
-    return table["sources"].get(kernel) == sources_hash(kernel) and found[3:] == _steps(row)
+    return (not sources or table["sources"].get(kernel) == sources_hash(row.variant)) and found[3:] == _steps(row)
 
 
 def _steps(row: Row) -> list[int]:
@@ -455,40 +325,27 @@ def _steps(row: Row) -> list[int]:
     return [blocks.get("BLOCK_D", blocks.get("ITEMS", 0)), blocks["num_warps"], blocks["num_stages"]]
 
 
-def sources_of(row: Row) -> str:
-    """What the sources of a row are listed under."""
-    variant = VARIANTS[row.variant]
-    return variant.module if row.variant in STREAMING else variant.configured
+def source_of(name: str) -> str:
+    """What the hash of a variant's sources is listed under."""
+    return VARIANTS[name].module if name in FAMILY_OF else VARIANTS[name].configured
 
 
-def sources_hash(kernel: str) -> str:
-    """Of the sources that a kernel's rows are made of."""
-    modules: tuple[str, ...]
-    if kernel.startswith("streaming"):
-        modules = ("rounds", "attend", "streaming", "attend_backward", kernel)[: 3 if kernel == "streaming" else 5]
-    else:
-        modules = _on_chip_modules(kernel)
-    return _hash_of(modules)
-
-
-def _on_chip_modules(kernel: str) -> tuple[str, ...]:
-    modules = ("rounds", "loss") if kernel.startswith("loss") else ("rounds", "attend", "attend_backward")
-    if kernel in HELD:
-        modules = ("rounds", "small", "small_backward") if "backward" in kernel else ("rounds", "small")
-    if kernel in ("forward", "similarity"):
-        modules = modules[:2]
-    return modules
-
-
-def _hash_of(modules: Sequence[str]) -> str:
+def sources_hash(name: str) -> str:
+    """Of the sources that a variant's rows are made of."""
     digest = hashlib.sha256()
-    for module in modules:
+    for module in FAMILY_OF[name].sources(name) if name in FAMILY_OF else _on_chip(VARIANTS[name].configured):
         digest.update((KERNELS / f"{module}.py").read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:16]
 
 
+def _on_chip(kernel: str) -> tuple[str, ...]:
+    if kernel.startswith("loss"):
+        return "rounds", "loss"
+    return ("rounds", "attend") if kernel in ("forward", "similarity") else ("rounds", "attend", "attend_backward")
+
+
 def sources_hashes() -> dict[str, str]:
-    return {kernel: sources_hash(kernel) for kernel in (*CLASSES, *HELD, "streaming", "streaming_backward")}
+    return {source_of(name): sources_hash(name) for name in VARIANTS}
 
 
 def load_table() -> dict[str, Any]:
@@ -518,14 +375,21 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
-def make_table(processes: int) -> list[str]:
-    """Writes the table as it grows, keeping the rows whose sources have not changed. What is wrong with it."""
+def make_table(processes: int, since: str | None) -> list[str]:
+    """Writes the table as it grows, what must not spill first. What is wrong with it.
+
+    Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
+    """
     sources = sources_hashes()
     old = load_table()
     current = old["triton"] == triton.__version__
     kept = {row: committed(row, old) if current and is_current(row, old) else None for row in rows()}
     found = {row: resources for row, resources in kept.items() if resources}
-    missing = sorted((row for row in kept if row not in found), key=lambda row: not must_not_spill(row))
+    missing = [row for row in kept if row not in found]
+    if since and current:
+        found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
+        write_table(found, sources)
+    missing = sorted((row for row in missing if row not in found), key=lambda row: not must_not_spill(row))
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
         wrong += problems(row, resources)
@@ -533,6 +397,26 @@ def make_table(processes: int) -> list[str]:
             found[row] = resources
             write_table(found, sources)
     return wrong
+
+
+def unchanged(wanted: list[Row], table: dict[str, Any], since: str) -> dict[Row, Resources]:
+    """Of rows of the table, those whose kernel is what it was at a git revision; targets share their first code."""
+    same: dict[Row, Resources] = {}
+    known: dict[tuple[Any, ...], bool] = {}
+    with kernels_of(since) as before:
+        for row in wanted:
+            variant = VARIANTS[row.variant]
+            options, constants = _options(variant, configured(row))
+            key = (row.variant, row.dtype, *constants.values())
+            if key not in known:
+                sources = [_source(variant, row.dtype, constants, package) for package in (before, PACKAGE)]
+                old, new = (intermediate(source, TARGETS["sm_90"], options) for source in sources)
+                known[key] = old == new
+            resources = committed(row, table)
+            if known[key] and resources:
+                same[row] = resources
+    print(f"{len(same)} of {len(wanted)} rows are what they were at {since}", flush=True)
+    return same
 
 
 def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
@@ -547,11 +431,19 @@ def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--every-tile", action="store_true", help="check all tiles of the forward, in the table or not")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
+    parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    wrong = check(wanted, load_table()) if options.check or options.only else make_table(options.processes)
+    if options.every_tile:
+        found = compile_rows(wanted, processes=options.processes)
+        wrong = [line for row, resources in zip(wanted, found) for line in problems(row, resources)]
+    elif options.check or options.only:
+        wrong = check(wanted, load_table())
+    else:
+        wrong = make_table(options.processes, options.since)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

@@ -48,7 +48,7 @@ def candidates(dtype: str, size: int) -> list[Configuration]:
 
 def choose_ahead(kernel: str, dtype: str, size: int, target: str) -> tuple[Configuration, int]:
     """The first candidate without a stack whose tiles fit, or the one with the least stack; and how much it is."""
-    tiles = ahead_of_time.tiles(ahead_of_time.VARIANTS[kernel], dtype)
+    tiles = ahead_of_time.tiles(kernel, dtype)
     rows = [
         Row(name, dtype, tile, target)
         for name, variant in ahead_of_time.VARIANTS.items()

@@ -29,6 +29,7 @@ class StandIn:
     """What Triton asks of a driver, for an H100."""
 
     records = True
+    stream = 7
     utils = SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132},
         load_binary=lambda *binary: (1, 1, 0, 0, 1024),
@@ -42,7 +43,7 @@ class StandIn:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        return 7
+        return StandIn.stream
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*args: Any) -> None:
@@ -102,6 +103,18 @@ def type_of_item() -> str:
     return "i64" if uses and all("arith.extsi" in line and "to i64" in line for line in uses) else "\n".join(uses)
 
 
+def precisions() -> list[bool | None]:
+    """Whether products of float32 tokens are in tf32, in a kernel compiled for it: as torch is at first, where it
+    allows it, and, with a kernel that is there already, back again."""
+    found: list[bool | None] = []
+    for allowed in (torch.backends.cuda.matmul.allow_tf32, True, False):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        before = {id(kernel) for kernel in variants()}
+        attend(B=2, N=16, M=16, D=32, dtype=torch.float32)
+        found += [".tf32" in kernel.asm["ptx"] for kernel in variants() if id(kernel) not in before] or [None]
+    return found
+
+
 def main() -> None:
     use()
     attend()
@@ -116,9 +129,13 @@ def main() -> None:
     report["names"] = [name for name, _, _ in launches]
     report["streams"] = sorted({place[3] for _, place, _ in launches})
     _, (*report["grid"], _), report["numbers"] = launches[-1]
+    StandIn.stream = 8
+    attend()
+    report["another stream"] = launches[-1][1][3]
     launches.clear()
     attend(B=2, N=256, D=1024)
     report["small batch"] = [(name, place[:3]) for name, place, _ in launches]
+    report["tf32"] = precisions()
     StandIn.records = False
     x, y = torch.empty(64, 64, 768, dtype=torch.bfloat16), torch.empty(64, 20, 768, dtype=torch.bfloat16)
     options = (None, None, True, False, 10.0, 50, -1.0, 1, False, False, False)

@@ -1,5 +1,6 @@
 """What the Triton kernels take of every GPU, compiled without one, against kernels/triton/resources.json."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -16,6 +18,8 @@ import ahead_of_time  # noqa: E402
 from ahead_of_time import Resources, Row  # noqa: E402
 
 from otfuse.backends import _triton_configurations as configurations  # noqa: E402
+from otfuse.backends.triton import TritonBackend, tile_side  # noqa: E402
+from otfuse.problem import cost_problem, token_problem  # noqa: E402
 
 TABLE = ahead_of_time.load_table()
 ROWS = ahead_of_time.rows()
@@ -27,6 +31,7 @@ ANEW = (
     Row("forward", "bfloat16", (128, 128), "sm_100"),
     Row("forward", "float16", (128, 64), "sm_80"),
     Row("forward", "float64", (64, 64), "sm_90"),
+    Row("forward, inference", "bfloat16", (64, 32), "sm_100"),
     Row("forward, everything", "float32", (64, 32), "gfx942"),
     Row("forward, cost", "float32", (128, 128), "sm_100"),
     Row("backward", "float32", (64, 32), "sm_80"),
@@ -49,6 +54,24 @@ ANEW = (
     Row("streaming, backward: pull, tokens", "float16", (32, 32), "sm_80"),
 )
 
+# Of the intermediate code of every kernel: lines with what the number of an item becomes first, and with atomics.
+READ = """
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+import ahead_of_time
+from ahead_of_time import Row, TARGETS, VARIANTS
+from same_code import intermediate
+found = {}
+for name, variant in VARIANTS.items():
+    row = Row(name, "bfloat16", (32, 32) if "loss" in name else (64, 32), "sm_90")
+    options, constants = ahead_of_time._options(variant, ahead_of_time.configured(row))
+    code = intermediate(ahead_of_time._source(variant, row.dtype, constants), TARGETS[row.target], options)
+    (item,) = re.findall(r"(%[0-9]+) = tt.get_program_id x", code)
+    uses = [line.strip() for line in code.splitlines() if re.search(item + r"\\b(?! =)", line)]
+    found[name] = uses, [line for line in code.splitlines() if "atomic" in line]
+print(json.dumps(found))
+"""
+
 COMPILE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -60,14 +83,17 @@ if __name__ == "__main__":
 """
 
 
-def compile_elsewhere(rows, configuration=None):
-    """In a process of its own: where the interpreter is on, there is nothing to compile."""
+def elsewhere(script, *arguments):
+    """What a script prints in a process of its own: where the interpreter is on, there is nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(ROOT / "benchmarks"), json.dumps(rows)]
-    command.append(json.dumps(configuration and [configuration] * len(rows)))
+    command = [sys.executable, "-c", script, str(ROOT / "benchmarks"), *map(json.dumps, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_elsewhere(rows, configuration=None):
+    found = elsewhere(COMPILE, rows, configuration and [configuration] * len(rows))
     return [result if isinstance(result, str) else Resources(*result) for result in found]
 
 
@@ -105,6 +131,25 @@ def test_many_small_costs_are_in_the_table_in_every_class():
     assert not [f"{row}: {found}" for row, found in small if found is None or found.stack]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["forward", "forward, cost"])
+def test_every_tile_means_those_that_are_launched(variant, dtype):
+    """Of tokens, and of a cost in the dtype that it is solved in, for whatever N and M the backend takes."""
+    if variant == "forward, cost" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    sizes, taken = [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257], set()
+    for N, M in itertools.product(sizes, sizes):
+        if variant == "forward":
+            x, y = torch.zeros(1, N, 2, dtype=dtype), torch.zeros(1, M, 2, dtype=dtype)
+            problem = token_problem(x, y, 0.1, None, None, "cosine", 1, None, "plan", "unroll", False)
+        else:
+            problem = cost_problem(torch.zeros(1, N, M, dtype=dtype), 0.1, None, None, 1, None, "unroll")
+        if not any("fit on chip" in reason for reason in TritonBackend().unsupported(problem)):
+            taken.add((tile_side(N), tile_side(M)))
+    named = variant, str(dtype).removeprefix("torch.")
+    assert taken == {row.tile for row in ahead_of_time.rows(every_tile=True) if row[:2] == named}
+
+
 def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():
     found = [(row, ahead_of_time.committed(row, TABLE)) for row in ROWS]
     wrong = [line for row, resources in found if resources for line in ahead_of_time.problems(row, resources)]
@@ -139,6 +184,15 @@ def test_compiled_anew():
     if triton.__version__ != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}; registers of {triton.__version__} may differ")
     assert not [line for pair in zip(ANEW, found) for line in ahead_of_time.differences(*pair, TABLE)]
+
+
+def test_items_are_counted_in_64_bits_and_nothing_is_atomic():
+    """In every kernel: B N D may pass 2^31, and a sum of floats has one order."""
+    found = elsewhere(READ)
+    assert set(found) == set(ahead_of_time.VARIANTS)
+    for name, (uses, atomics) in found.items():
+        assert uses and all("arith.extsi" in use and "to i64" in use for use in uses), (name, uses)
+        assert not atomics, name
 
 
 def test_a_bad_configuration_is_reported():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -96,6 +97,18 @@ class Shapes(TorchDispatchMode):
         return out
 
 
+class Calls(TorchDispatchMode):
+    """The names of all operations of torch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
@@ -115,6 +128,32 @@ def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
     with Shapes() as shapes:
         backend.launch_attend(x, y, *options, True, True, False)
     assert matrix in shapes.seen
+
+
+@pytest.mark.parametrize("tol", [-1.0, 1e-3])
+@pytest.mark.parametrize("mode", MODES)
+def test_launchers_read_no_value_and_wait_for_nothing(device, mode, tol):
+    """Forward and backward, early stop included: nothing but room is made, so that a graph can capture it."""
+    if not (backend.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    backend._attend_models.cache_clear()
+    x, y = clustered_tokens(2, 13, 11, 24, device=device)
+    a = torch.ones(2, 13, device=device)
+    options = (a, None, True, True, 10.0, 5, tol, MODES[mode])
+    with Calls() as calls:
+        x_out, y_out, *_, rounds, history = backend.launch_attend(x, y, *options, True, True, True)
+        backend.launch_attend_backward(x, y, *options, rounds, history, x_out, y_out, None, None, None, None)
+    interpreters = {"copy_", "set_"} if device.type == "cpu" else set()
+    assert {name.split(".")[1] for name in calls.seen} - interpreters <= {"empty", "empty_like", "new_empty", "expand"}
+
+
+@pytest.mark.parametrize("current, changed", [(0, [1]), (1, [])])
+def test_the_device_of_the_tensors_becomes_the_current_one(monkeypatch, current, changed):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index) or contextlib.nullcontext())
+    with backend._on(torch.device("cuda", 1)):
+        assert entered == changed
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +179,15 @@ def test_one_launch_on_the_current_stream_with_numbers_unrounded(stand_in):
     numbers = stand_in["numbers"]
     first = numbers.index(65)  # N, M, D, the features of a part, 1 / epsilon, rounds, no tolerance
     assert numbers[first : first + 7] == [65, 20, 768, 384, 10.0, 50, -1.0]
+
+
+def test_another_current_stream_is_followed(stand_in):
+    assert stand_in["another stream"] == 8
+
+
+def test_tf32_is_compiled_in_only_where_torch_allows_it(stand_in):
+    """Back again, the first kernel is launched anew, and nothing is compiled."""
+    assert stand_in["tf32"] == [False, True, None]
 
 
 def test_addresses_have_64_bits(stand_in):

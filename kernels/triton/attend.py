@@ -9,6 +9,7 @@ import triton.language as tl
 from .rounds import (
     LN2,
     SMALLEST32,
+    crossed,
     divide,
     fits_one_piece,
     flat,
@@ -105,7 +106,9 @@ def _attend_fwd_kernel(
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if similarity_ptr is None:
         DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+        CROSSED: tl.constexpr = crossed(x_ptr.dtype.element_ty, BLOCK_N, BLOCK_M)
     else:
+        CROSSED: tl.constexpr = 0
         DTYPE: tl.constexpr = tl.float64 if similarity_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     if HISTORY != HISTORY_NONE:
@@ -156,7 +159,7 @@ def _attend_fwd_kernel(
                 v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), SMALLEST32))
         u, v, row_sums, t, more = rounds_while(
             K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
-            STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M,
+            STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M, CROSSED,
         )  # fmt: skip
         if more:
             grown = log_u + log_weights(u)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
-from .rounds import inverse_norm, load_marginals, load_round, log_kernel, product
+from .rounds import column_sums, crossed, inverse_norm, load_marginals, load_round, log_kernel, tile_product
 
 DETACH = tl.constexpr(0)
 UNROLL = tl.constexpr(1)
@@ -37,7 +37,7 @@ def load_or_zero(ptr, at, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def unroll_scaling(
     K, H, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CROSSED: tl.constexpr,
 ):  # fmt: skip
     """Adjoint of ``scaling_rounds``. The gradient of the log kernel is K H; H comes in with what the plan adds."""
     grad_a, grad_b = tl.zeros_like(inverse_a), tl.zeros_like(inverse_b)
@@ -53,7 +53,7 @@ def unroll_scaling(
         H -= u[:, None] * pull_v[None, :]
         pull_u = d_log_u * u * inverse_a
         grad_a += d_log_u
-        d_log_v = -v_before * tl.sum(K * pull_u[:, None], 0)
+        d_log_v = -v_before * column_sums(K * pull_u[:, None], CROSSED)
         H -= pull_u[:, None] * v_before[None, :]
         d_log_u = tl.zeros_like(d_log_u)
         u, v = u_before, v_before
@@ -181,7 +181,9 @@ def _attend_bwd_kernel(
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if cost_ptr is None:
         DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+        CROSSED: tl.constexpr = crossed(x_ptr.dtype.element_ty, BLOCK_N, BLOCK_M)
     else:
+        CROSSED: tl.constexpr = 0
         DTYPE: tl.constexpr = tl.float64 if cost_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     entries = item * N * M + rows[:, None] * M + columns[None, :]
@@ -191,10 +193,11 @@ def _attend_bwd_kernel(
     inverse_a, inverse_b = inverse(a), inverse(b)
 
     # One pass over the tokens: their products, and those with the gradients of what was attended to.
-    from_x, from_y = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
+    TILE: tl.constexpr = (BLOCK_M, BLOCK_N) if CROSSED != 0 else (BLOCK_N, BLOCK_M)  # as in token_products
+    from_x, from_y = tl.zeros(TILE, DTYPE), tl.zeros(TILE, DTYPE)
     inverse_x, inverse_y = tl.full((BLOCK_N,), 1.0, DTYPE), tl.full((BLOCK_M,), 1.0, DTYPE)
     if cost_ptr is None:
-        similarity = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
+        similarity = tl.zeros(TILE, DTYPE)
         square_x, square_y = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
         at_x = item * N * D + rows[:, None] * D + features[None, :]
         at_y = item * M * D + columns[:, None] * D + features[None, :]
@@ -203,16 +206,18 @@ def _attend_bwd_kernel(
             mask_y = live_y[:, None] & (start + features < D)[None, :]
             x = tl.load(x_ptr + at_x + start, mask=mask_x, other=0.0)
             y = tl.load(y_ptr + at_y + start, mask=mask_y, other=0.0)
-            similarity = product(x, tl.trans(y), similarity, PRECISION)
+            similarity = tile_product(x, y, similarity, CROSSED, PRECISION)
             if COSINE:
                 square_x += tl.sum(x.to(DTYPE) * x.to(DTYPE), 1)
                 square_y += tl.sum(y.to(DTYPE) * y.to(DTYPE), 1)
             if grad_x_out_ptr is not None:
                 grad_x_out = tl.load(grad_x_out_ptr + at_x + start, mask=mask_x, other=0.0)
-                from_x = product(grad_x_out, tl.trans(y), from_x, PRECISION)
+                from_x = tile_product(grad_x_out, y, from_x, CROSSED, PRECISION)
             if grad_y_out_ptr is not None:
                 grad_y_out = tl.load(grad_y_out_ptr + at_y + start, mask=mask_y, other=0.0)
-                from_y = product(x, tl.trans(grad_y_out), from_y, PRECISION)
+                from_y = tile_product(x, grad_y_out, from_y, CROSSED, PRECISION)
+        if CROSSED != 0:
+            similarity, from_x, from_y = tl.trans(similarity), tl.trans(from_x), tl.trans(from_y)
         if COSINE:
             inverse_x, inverse_y = inverse_norm(square_x), inverse_norm(square_y)
             similarity = similarity * inverse_x[:, None] * inverse_y[None, :]
@@ -249,7 +254,7 @@ def _attend_bwd_kernel(
                 H = grad_plan * u[:, None] * v[None, :]
                 G, grad_a, grad_b = unroll_scaling(
                     tl.exp2(L - shift), H, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
-                    BLOCK_N, BLOCK_M,
+                    BLOCK_N, BLOCK_M, CROSSED,
                 )  # fmt: skip
             else:
                 G, grad_a, grad_b = unroll_log(

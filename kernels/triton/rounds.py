@@ -42,6 +42,16 @@ def product(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tile_product(x, y, total, CROSSED: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + x @ yᵀ``; CROSSED: of the transpose, which is then spread over the warps as column_sums wants it."""
+    if CROSSED != 0:
+        total = product(y, tl.trans(x), total, PRECISION)
+    else:
+        total = product(x, tl.trans(y), total, PRECISION)
+    return total
+
+
+@triton.jit
 def load_weights(ptr, item, index, size, DTYPE: tl.constexpr):
     """Weights [BLOCK] as passed, zero beyond the item, and their sum. None is one each; a mask is one or zero."""
     inside = index < size
@@ -121,16 +131,19 @@ def token_products(
     features = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + rows[:, None] * D + features[None, :]
     y_ptrs = y_ptr + columns[:, None] * D + features[None, :]
-    similarity = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
+    CROSSED: tl.constexpr = crossed(x_ptr.dtype.element_ty, BLOCK_N, BLOCK_M)
+    similarity = tl.zeros((BLOCK_M, BLOCK_N) if CROSSED != 0 else (BLOCK_N, BLOCK_M), DTYPE)
     square_x, square_y = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
     for start in range(0, D, BLOCK_D):
         inside = (start + features < D)[None, :]
         x = tl.load(x_ptrs + start, mask=live_x[:, None] & inside, other=0.0)
         y = tl.load(y_ptrs + start, mask=live_y[:, None] & inside, other=0.0)
-        similarity = product(x, tl.trans(y), similarity, PRECISION)
+        similarity = tile_product(x, y, similarity, CROSSED, PRECISION)
         if COSINE:
             square_x += tl.sum(x.to(DTYPE) * x.to(DTYPE), 1)
             square_y += tl.sum(y.to(DTYPE) * y.to(DTYPE), 1)
+    if CROSSED != 0:
+        similarity = tl.trans(similarity)
     if not COSINE:
         return similarity, tl.full((BLOCK_N,), 1.0, DTYPE), tl.full((BLOCK_M,), 1.0, DTYPE)
     inverse_x, inverse_y = inverse_norm(square_x), inverse_norm(square_y)
@@ -197,10 +210,47 @@ def divide(left, right):
     return quotient
 
 
+@triton.constexpr_function
+def crossed(tokens, BLOCK_N, BLOCK_M):
+    """Over how many warps the rows of a tile of these tokens are spread, where column_sums is to go about them in its
+    own way, or zero.
+
+    It is so on thin tiles whose transpose is what tensor cores make (tile_product); the number is that of the
+    configurations of this size. Chosen by the compiler's word: tiles of 32 x 32 and 128 x 32 would have a stack.
+    """
+    if tokens.primitive_bitwidth != 16 or BLOCK_M > 32:
+        return 0
+    return 4 if BLOCK_N >= 64 and BLOCK_N * BLOCK_M <= 2048 else 8 if BLOCK_N >= 256 else 0
+
+
+@triton.jit
+def column_sums(tile, CROSSED: tl.constexpr):
+    """Over the rows of a tile, of which each of CROSSED warps holds eight of each 8 CROSSED.
+
+    Their sums are brought together in the registers of every thread: one turn through shared memory, and one barrier
+    before it and after. Triton's own way takes two turns, and more shuffles. With other layouts the answer is the same.
+    """
+    if CROSSED == 0:
+        sums = tl.sum(tile, 0)
+    else:
+        BLOCK_M: tl.constexpr = tile.shape[1]
+        sums = tl.sum(tl.sum(tl.reshape(tile, (tile.shape[0] // (8 * CROSSED), CROSSED, 8, BLOCK_M)), 0), 1)
+        if CROSSED == 8:
+            even, odd = tl.split(tl.permute(tl.reshape(sums, (2, 2, 2, BLOCK_M)), (3, 2, 1, 0)))
+            sums = even + odd
+        else:
+            sums = tl.permute(tl.reshape(sums, (2, 2, BLOCK_M)), (2, 1, 0))
+        even, odd = tl.split(sums)
+        even, odd = tl.split(even + odd)
+        sums = even + odd
+    return sums
+
+
 @triton.jit
 def rounds_while(
     K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
     STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CROSSED: tl.constexpr = 0,
 ):  # fmt: skip
     """Rounds in scalings of ``K = exp2(L + log_u + log_v)``, from round t and v on, until all are run, or the item is
     done, or its scalings have grown and are to be folded into K: u, v, the plan's row sums, t, whether more are to run.
@@ -216,7 +266,7 @@ def rounds_while(
     grown = 0
     while more & (grown == 0):
         u = divide(a, tl.maximum(rows, smallest))
-        v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), smallest))
+        v = divide(b, tl.maximum(column_sums(K * u[:, None], CROSSED), smallest))
         if ALL_ROUNDS:
             if one_piece:
                 store_round(history_ptr, t, u, v, N, M, part, BLOCK_N, BLOCK_M)
@@ -230,7 +280,10 @@ def rounds_while(
         if STOPS:
             more = more & ~(tl.sum(tl.abs(u * rows - a)) < tol)
         if not one_piece:
-            grown = tl.maximum(tl.max(has_grown(u)), tl.max(has_grown(v)))
+            if CROSSED != 0:  # in one reduction: v would be made a second time, for another layout
+                grown = tl.max(has_grown(u)[:, None] | has_grown(v)[None, :])
+            else:
+                grown = tl.maximum(tl.max(has_grown(u)), tl.max(has_grown(v)))
     return u, v, u * rows, t, more
 
 

@@ -5,6 +5,7 @@ The table is kernels/triton/configurations.json; benchmarks/tune_triton.py makes
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cache
 from importlib.resources import files
@@ -34,18 +35,21 @@ CLASSES = {
 
 
 def size_class(kernel: str, dtype: str, BLOCK_N: int, BLOCK_M: int) -> int:
-    return next(size for size in CLASSES[kernel][dtype] if size >= BLOCK_N * BLOCK_M)
+    return next(size for size in CLASSES[kernel.partition(",")[0]][dtype] if size >= BLOCK_N * BLOCK_M)
 
 
 @cache
 def _configuration(kernel: str, dtype: str, BLOCK_N: int, BLOCK_M: int, target: str) -> tuple[int, int, int]:
-    """BLOCK_D, num_warps, num_stages: the target's own before everybody's, a tile's own before its class's."""
-    size = str(size_class(kernel, dtype, BLOCK_N, BLOCK_M))
-    for table in (_TABLE["overrides"].get(target, {}), _TABLE["configurations"]):
-        configured = table.get(kernel, {}).get(dtype, {})
-        for name in (f"{BLOCK_N}x{BLOCK_M}", size):
-            if name in configured:
-                BLOCK_D, num_warps, num_stages = configured[name]
+    """BLOCK_D, num_warps, num_stages: the target's own before everybody's, a tile's own before its class's.
+
+    Of "forward, cost", which is the forward without tokens, what it has for itself, before what the forward has.
+    """
+    names = (f"{BLOCK_N}x{BLOCK_M}", str(size_class(kernel, dtype, BLOCK_N, BLOCK_M)))
+    tables = (_TABLE["overrides"].get(target, {}), _TABLE["configurations"])
+    for own in dict.fromkeys((kernel, kernel.partition(",")[0])):
+        for table, name in itertools.product(tables, names):
+            if found := table.get(own, {}).get(dtype, {}).get(name):
+                BLOCK_D, num_warps, num_stages = found
                 return BLOCK_D if target != INTERPRETER else FEATURES_INTERPRETED, num_warps, num_stages
     raise KeyError(f"no configuration of {kernel} for {dtype}")
 

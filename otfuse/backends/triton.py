@@ -205,7 +205,7 @@ def launch_sinkhorn(
     if path_of(cost, B, N, M, 0) is Path.STORED:
         launch_sinkhorn_large(cost, a, b, scale, num_iters, tol, _history(grad, history), plan, solution)
         return plan, *solution
-    blocks = _blocks("forward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
+    blocks = _blocks("forward, cost", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
     with on(cost.device):
         arguments = (

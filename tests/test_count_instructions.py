@@ -1,0 +1,58 @@
+"""Counts from the machine code: on a listing made by hand, and of the rounds of the main case."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from count_instructions import instructions, loops, table  # noqa: E402
+
+# A loop within a loop, with a branch around two instructions, one that leaves, one for diverged warps, and a comment.
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;        /* 0x00000a0000017a02 */
+        /*0010*/                   FADD R2, R2, R3 ;             /* 0x0000000302027221 */
+        /*0020*/                   SHFL.BFLY PT, R3, R2, 0x2, 0x1f ;
+        /*0030*/                   BRA.DIV UR4, 0x00a0 ;
+        /*0040*/               @P0 BRA 0x0070 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   LDS.128 R4, [R5] ;
+        /*0070*/                   NOP ;
+        /*0080*/               @P1 BRA 0x0010 ;
+        /*0090*/              @!P2 BRA 0x0000 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_ways_through_a_loop():
+    (loop,) = loops(instructions(SASS))
+    assert (loop.start, loop.end) == (0x10, 0x80)
+    assert loop.shortest == {"all": 5, "shuffles": 1}
+    assert loop.longest == {"all": 7, "shuffles": 1, "barriers": 1, "shared": 1}
+    assert table("rounds", [loop]) == ["| rounds | 1 | 5 to 7 | 1 | 0 to 1 | 0 to 1 | 0 |"]
+
+
+COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from count_instructions import count
+if __name__ == "__main__":
+    print(json.dumps([loop.shortest for loop in count("forward, inference", "bfloat16", (64, 32), "sm_90")]))
+"""
+
+
+def test_a_round_crosses_the_warps_once():
+    """One turn through shared memory: a barrier before it, and one after. Triton's own sums take two (column_sums)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    similarity, rounds, *attends = json.loads(done.stdout)
+    assert rounds["barriers"] == 2 and rounds["shuffles"] <= 20 and rounds["all"] < 150
+    assert similarity["all"] > rounds["all"] and len(attends) == 2
