@@ -17,6 +17,8 @@ OPS = {
         "sinkhorn_triton_backward",
         "sinkhorn_attend_triton",
         "sinkhorn_attend_triton_backward",
+        "sinkhorn_attend_varlen_triton",
+        "sinkhorn_attend_varlen_triton_backward",
     ),
 }
 LOSS_OPS = {"alignment_loss_triton", "alignment_loss_triton_backward"}  # tests/test_loss_kernel.py

@@ -22,7 +22,7 @@ from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import launch, model, new_like
 from otfuse.backends.base import Backend, is_installed
 from otfuse.fused_ops import MODES, UNROLL
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, VarlenProblem
 
 # Entries of the largest tile that stays on chip, both sides rounded up to a power of two of at least 16.
 LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
@@ -46,6 +46,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 class TritonBackend(Backend):
     name = "triton"
     device = "cuda"
+    packs = True
 
     def unavailable(self) -> list[str]:
         reasons = []
@@ -59,6 +60,8 @@ class TritonBackend(Backend):
         reasons = []
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
+        if isinstance(problem, VarlenProblem):
+            return reasons
         _, N, M = problem.shape
         size = problem.solve_dtype.itemsize
         tokens, largest = problem.x is not None, LARGEST_TILE[size]
@@ -96,6 +99,16 @@ class TritonBackend(Backend):
         x, y, plan, made, *solution = ops.call(op, *inputs, *kinds, *_solve_options(problem, 1), *wanted)
         out = SinkhornAttendOutput(x, y, plan if problem.return_plan else None, *solution[:4])
         return out, made if similarity else None
+
+    def attend_varlen(self, problem: VarlenProblem) -> SinkhornAttendOutput:
+        assert problem.x is not None and problem.y is not None
+        inputs, history = _prepared(problem, problem.x, problem.y)
+        packing = problem.cu_seqlens_x, problem.cu_seqlens_y, problem.max_seqlen_x, problem.max_seqlen_y
+        kinds = problem.similarity == "cosine", problem.weights == "barycentric"
+        op = torch.ops.otfuse.sinkhorn_attend_varlen_triton.default
+        options = (*packing, *kinds, *_solve_options(problem, 1), history, problem.return_plan)
+        x, y, plan, *solution = ops.call(op, *inputs, *options)
+        return SinkhornAttendOutput(x, y, plan.to(x.dtype) if problem.return_plan else None, *solution[:4])
 
 
 def _solve_options(problem: Problem, sign: int) -> tuple[Any, ...]:

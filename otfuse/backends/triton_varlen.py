@@ -1,0 +1,217 @@
+"""Packed tokens by Triton: which launches a batch takes, and the launchers behind the ops of ``otfuse.varlen_ops``.
+
+The host knows how long the longest item is, and no more: to look at the others would stall the device. So there is a
+launch for every size that an item may have, and a program for every item in each, which leaves at once if another
+launch solves it. The device code is in ``otfuse.kernels.triton.varlen`` and ``varlen_long``.
+
+Letters: B batch, T_x and T_y tokens of all items, D features.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from otfuse import ops, varlen_ops
+from otfuse.backends._triton_configurations import block_sizes, target_of
+from otfuse.backends._triton_launch import launch
+from otfuse.backends.triton import (
+    INTERPRETED,
+    LARGEST_LONG_TILE,
+    LARGEST_TILE,
+    LONGEST_SIDE,
+    _contiguous,
+    _history,
+    _on,
+    _precision,
+    _sent,
+    _wanted,
+    launch_shape,
+    tile_side,
+)
+from otfuse.fused_ops import new_gradients
+
+# Entries of a tile that is not worth a smaller one beside it: half the sides save a round a fifth of its time, and cost
+# a launch (docs/performance.md#packed-tokens).
+SMALLEST_TILE = 2048
+
+
+class SizeClass(NamedTuple):
+    """Items that one launch solves: at most ``most`` on either side, and on one of them more than ``less``."""
+
+    tile: tuple[int, int]
+    most: tuple[int, int]
+    less: tuple[int, int]  # of the next smaller tile; below zero if there is none
+
+
+def size_classes(longest_x: int, longest_y: int, itemsize: int) -> list[SizeClass]:
+    """The launches on chip for items of up to these lengths, largest tile first: each has half the sides of the last.
+
+    ``itemsize``: bytes of a number of the solve.
+    """
+    tiles = [_largest_tile(longest_x, longest_y, itemsize)]
+    while tiles[-1][0] * tiles[-1][1] > SMALLEST_TILE:
+        side_x, side_y = tiles[-1]
+        tiles.append((max(16, side_x // 2), max(16, side_y // 2)))
+    most = [(min(longest_x, side_x), min(longest_y, side_y)) for side_x, side_y in tiles]
+    return [SizeClass(*of) for of in zip(tiles, most, [*most[1:], (-1, -1)])]
+
+
+def _largest_tile(longest_x: int, longest_y: int, itemsize: int) -> tuple[int, int]:
+    """That of the longest item if it fits on chip; else the longer side is halved until it does."""
+    sides = [tile_side(longest_x), tile_side(longest_y)]
+    while not _fits(*sides, itemsize):
+        sides[sides[1] > sides[0]] //= 2
+    return sides[0], sides[1]
+
+
+def _fits(side_x: int, side_y: int, itemsize: int) -> bool:
+    longest = max(side_x, side_y)
+    largest = LARGEST_TILE[itemsize] if longest <= 128 else min(LARGEST_TILE[itemsize], LARGEST_LONG_TILE)
+    return longest <= LONGEST_SIDE[itemsize] and side_x * side_y <= largest
+
+
+class Packed(NamedTuple):
+    """The arguments that every launch has: where the items are, and how long they may be."""
+
+    x: Tensor
+    y: Tensor
+    cu_seqlens_x: Tensor
+    cu_seqlens_y: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    longest_x: int
+    longest_y: int
+
+    @property
+    def B(self) -> int:
+        return self.cu_seqlens_x.shape[0] - 1
+
+    @property
+    def D(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def solve_dtype(self) -> torch.dtype:
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    def classes(self) -> list[SizeClass]:
+        return size_classes(self.longest_x, self.longest_y, self.solve_dtype.itemsize)
+
+    def tensors(self) -> tuple[Any, ...]:
+        return self[:6]
+
+    def sizes(self, of: SizeClass) -> tuple[int, ...]:
+        """Counts of tokens, lengths, and those that a launch on chip solves."""
+        return *self.counts(), *of.most, *of.less
+
+    def counts(self) -> tuple[int, ...]:
+        return len(self.x), len(self.y), self.longest_x, self.longest_y
+
+    def matrix(self) -> Tensor:
+        """Room for one number of every entry of every item: [T_x, longest_y]."""
+        return self.x.new_empty(len(self.x), self.longest_y, dtype=self.solve_dtype)
+
+    def blocks(self, kernel: str, tile: tuple[int, int]) -> dict[str, int]:
+        return block_sizes(kernel, str(self.x.dtype).removeprefix("torch."), *tile, target_of(self.x.device))
+
+
+def _packed(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cu_seqlens_x: Tensor, cu_seqlens_y: Tensor,
+    longest_x: int, longest_y: int,
+) -> Packed:  # fmt: skip
+    x, y, cu_seqlens_x, cu_seqlens_y, a, b = _contiguous(x, y, cu_seqlens_x, cu_seqlens_y, a, b)
+    return Packed(x, y, cu_seqlens_x, cu_seqlens_y, a, b, longest_x, longest_y)
+
+
+def launch_attend_varlen(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cu_seqlens_x: Tensor, cu_seqlens_y: Tensor,
+    longest_x: int, longest_y: int, cosine: bool, barycentric: bool, scale: float, num_iters: int, tol: float,
+    grad: int, history: bool, plan: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    items = _packed(x, y, a, b, cu_seqlens_x, cu_seqlens_y, longest_x, longest_y)
+    outputs = varlen_ops.new_outputs(items.x, items.y, items.B, longest_x, longest_y, num_iters, grad, history, plan)
+    if items.B == 0:
+        return outputs
+    x_out, y_out, padded_plan, *solution, kept = outputs
+    matrix = items.matrix() if plan else None
+    options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
+    with _on(x.device):
+        for of in items.classes():
+            parts, features = _spread(items, of)
+            arguments = (
+                *items.tensors(), x_out, y_out, matrix, *solution, kept if history else None,
+                *items.sizes(of), items.D, features, scale, num_iters, tol,
+            )  # fmt: skip
+            constants = {**options, "PRECISION": _precision(x.dtype), **items.blocks("forward", of.tile)}
+            launch(_kernels().attend_fwd, (items.B, parts), arguments, constants, x.device)
+        if matrix is not None:
+            _move_matrix(items, matrix, padded_plan, solution[2])
+    return outputs
+
+
+def launch_attend_varlen_backward(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cu_seqlens_x: Tensor, cu_seqlens_y: Tensor,
+    longest_x: int, longest_y: int, cosine: bool, barycentric: bool, scale: float, num_iters: int, tol: float,
+    grad: int, rounds: Tensor, history: Tensor, *grads: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    items = _packed(x, y, a, b, cu_seqlens_x, cu_seqlens_y, longest_x, longest_y)
+    gradients = new_gradients(items.x, items.y, items.a, items.b)
+    if items.B == 0:
+        return gradients
+    grad_x_out, grad_y_out, grad_plan, grad_f, grad_g = _sent(*grads)
+    options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
+    with _on(x.device):
+        if grad_plan is not None:
+            matrix = items.matrix()
+            _move_matrix(items, matrix, grad_plan)
+            grad_plan = matrix
+        for of in items.classes():
+            parts, features = _spread(items, of)
+            arguments = (
+                *items.tensors(), *_contiguous(rounds, history),
+                grad_x_out, grad_y_out, grad_plan, grad_f, grad_g, *gradients[:2], *map(_wanted, gradients[2:]),
+                *items.sizes(of), items.D, features, scale, num_iters,
+            )  # fmt: skip
+            constants = {**options, **items.blocks("backward", of.tile)}
+            launch(_kernels().attend_bwd, (items.B, parts), arguments, constants, x.device)
+    return gradients
+
+
+def _spread(items: Packed, of: SizeClass) -> tuple[int, int]:
+    """Programs an item, and features of each; the similarity has no launch of its own."""
+    token_bytes = sum(of.most) * items.D * items.x.element_size()
+    return launch_shape(items.B, token_bytes, items.D, items.x.device)[:2]
+
+
+def _move_matrix(items: Packed, matrix: Tensor, padded: Tensor, error: Tensor | None = None) -> None:
+    """From [B, longest_x, longest_y] to where the kernels have matrices of packed items; with their errors, back."""
+    grid = (items.B, -(-items.longest_x // _MOVED["BLOCK_N"]))
+    arguments = matrix, padded, error, items.cu_seqlens_x, items.cu_seqlens_y, *items.counts()
+    if padded.numel():
+        launch(_kernels().matrix, grid, arguments, {"PACK": error is None, **_MOVED}, matrix.device)
+
+
+_MOVED = {"BLOCK_N": 16, "BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
+
+
+class Kernels(NamedTuple):
+    attend_fwd: Any
+    attend_bwd: Any
+    matrix: Any
+
+
+@cache
+def _kernels() -> Kernels:
+    """Imported at the first launch: ``import otfuse`` does not import Triton."""
+    from otfuse.kernels.triton import varlen
+
+    return Kernels(varlen._varlen_fwd_kernel, varlen._varlen_bwd_kernel, varlen._varlen_matrix_kernel)
+
+
+for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    ops.library.impl("sinkhorn_attend_varlen_triton", launch_attend_varlen, _key)
+    ops.library.impl("sinkhorn_attend_varlen_triton_backward", launch_attend_varlen_backward, _key)
