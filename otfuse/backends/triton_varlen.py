@@ -18,6 +18,7 @@ from torch import Tensor
 from otfuse import ops, varlen_ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import launch
+from otfuse.backends._triton_varlen_long import launch_long, launch_long_backward
 from otfuse.backends.triton import (
     INTERPRETED,
     LARGEST_LONG_TILE,
@@ -37,6 +38,9 @@ from otfuse.fused_ops import new_gradients
 # Entries of a tile that is not worth a smaller one beside it: half the sides save a round a fifth of its time, and cost
 # a launch (docs/performance.md#packed-tokens).
 SMALLEST_TILE = 2048
+
+# Of products and attends of items that fit no tile on chip, by bytes of a number of the solve.
+LONG_TILE = {8: (32, 32), 4: (64, 64)}
 
 
 class SizeClass(NamedTuple):
@@ -101,6 +105,18 @@ class Packed(NamedTuple):
     def classes(self) -> list[SizeClass]:
         return size_classes(self.longest_x, self.longest_y, self.solve_dtype.itemsize)
 
+    def has_long(self) -> bool:
+        """Whether an item may be too large for every tile on chip."""
+        return self.classes()[0].most != (self.longest_x, self.longest_y)
+
+    def long_tile(self) -> tuple[int, int]:
+        """Of the products of an item that is."""
+        return LONG_TILE[self.solve_dtype.itemsize]
+
+    def long_sizes(self) -> tuple[int, ...]:
+        """Counts of tokens, lengths, and those that are solved on chip."""
+        return *self.counts(), *self.classes()[0].most
+
     def tensors(self) -> tuple[Any, ...]:
         return self[:6]
 
@@ -138,16 +154,24 @@ def launch_attend_varlen(
         return outputs
     x_out, y_out, padded_plan, *solution, kept = outputs
     matrix = items.matrix() if plan else None
+    kept = kept if history else None
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
     with _on(x.device):
         for of in items.classes():
             parts, features = _spread(items, of)
             arguments = (
-                *items.tensors(), x_out, y_out, matrix, *solution, kept if history else None,
+                *items.tensors(), x_out, y_out, matrix, *solution, kept,
                 *items.sizes(of), items.D, features, scale, num_iters, tol,
             )  # fmt: skip
             constants = {**options, "PRECISION": _precision(x.dtype), **items.blocks("forward", of.tile)}
             launch(_kernels().attend_fwd, (items.B, parts), arguments, constants, x.device)
+        if items.has_long():
+            long_matrix = items.matrix() if matrix is None else matrix
+            made = x_out, y_out, *solution, kept
+            launch_long(
+                items, long_matrix, made, cosine, barycentric, scale, num_iters, tol, options["HISTORY"],
+                _precision(x.dtype),
+            )  # fmt: skip
         if matrix is not None:
             _move_matrix(items, matrix, padded_plan, solution[2])
     return outputs
@@ -163,6 +187,8 @@ def launch_attend_varlen_backward(
     if items.B == 0:
         return gradients
     grad_x_out, grad_y_out, grad_plan, grad_f, grad_g = _sent(*grads)
+    gradients_wanted = *gradients[:2], *map(_wanted, gradients[2:])
+    rounds, history = _contiguous(rounds, history)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
     with _on(x.device):
         if grad_plan is not None:
@@ -172,12 +198,17 @@ def launch_attend_varlen_backward(
         for of in items.classes():
             parts, features = _spread(items, of)
             arguments = (
-                *items.tensors(), *_contiguous(rounds, history),
-                grad_x_out, grad_y_out, grad_plan, grad_f, grad_g, *gradients[:2], *map(_wanted, gradients[2:]),
+                *items.tensors(), rounds, history,
+                grad_x_out, grad_y_out, grad_plan, grad_f, grad_g, *gradients_wanted,
                 *items.sizes(of), items.D, features, scale, num_iters,
             )  # fmt: skip
             constants = {**options, **items.blocks("backward", of.tile)}
             launch(_kernels().attend_bwd, (items.B, parts), arguments, constants, x.device)
+        if items.has_long():
+            launch_long_backward(
+                items, rounds, history, (grad_x_out, grad_y_out, grad_plan, grad_f, grad_g), gradients_wanted,
+                cosine, barycentric, scale, num_iters, grad, _precision(x.dtype),
+            )  # fmt: skip
     return gradients
 
 
