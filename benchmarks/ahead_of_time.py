@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
+from otfuse.backends._triton_varlen_long import LINES_TILE, LONG_TILE, LONG_TILE_BACKWARD
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 RESOURCES = KERNELS / "resources.json"
@@ -128,6 +129,62 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
+_TOKENS_OUT = "x_ptr y_ptr x_out_ptr y_out_ptr"
+_GRADIENTS = "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr"
+_BACKWARD_LONG = ("varlen_long_backward", "_varlen_rounds_bwd_kernel", "varlen_long")
+_OF_ROUNDS = "L_ptr from_x_ptr from_y_ptr history_ptr vector_x_ptr vector_y_ptr"
+_PRODUCTS = {"COSINE": True, "PRECISION": "ieee"}
+
+# Of packed tokens: on chip the kernels above within others, configured as those.
+PACKED = {
+    "packed": Variant(
+        "varlen", "_varlen_fwd_kernel", "forward", _TOKENS_OUT, _SOLUTION, VARIANTS["forward"].constants, False
+    ),
+    "packed, backward": Variant(
+        "varlen", "_varlen_bwd_kernel", "backward", _GRADIENTS, "history_ptr", VARIANTS["backward"].constants, False
+    ),
+    "packed, products": Variant(
+        "varlen_long", "_varlen_products_kernel", "varlen_long", "x_ptr y_ptr", "L_ptr", _PRODUCTS
+    ),
+    "packed, rounds": Variant(
+        "varlen_long",
+        "_varlen_rounds_kernel",
+        "varlen_long",
+        "",
+        "L_ptr next_ptr " + _SOLUTION,
+        {"STOPS": False, "HISTORY": 2},
+    ),
+    "packed, attend": Variant(
+        "varlen_long",
+        "_varlen_attend_kernel",
+        "varlen_long",
+        _TOKENS_OUT,
+        "plan_ptr error_ptr",
+        {"BARYCENTRIC": False, "PRECISION": "ieee"},
+    ),
+    "packed, products backward": Variant(
+        "varlen_long",
+        "_varlen_products_kernel",
+        "varlen_long",
+        "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr",
+        "L_ptr from_x_ptr from_y_ptr inverse_x_ptr inverse_y_ptr",
+        _PRODUCTS,
+    ),
+    "packed, rounds backward": Variant(*_BACKWARD_LONG, "", _OF_ROUNDS, {"BARYCENTRIC": False, "MODE": 1}),
+    "packed, rounds backward implicit": Variant(
+        *_BACKWARD_LONG, _WEIGHTS + "grad_a_ptr grad_b_ptr", _OF_ROUNDS, {"BARYCENTRIC": True, "MODE": 2}, False
+    ),
+    "packed, tokens backward": Variant(
+        "varlen_long_backward",
+        "_varlen_tokens_bwd_kernel",
+        "varlen_long_backward",
+        _GRADIENTS,
+        "L_ptr G_ptr plan_ptr inverse_x_ptr inverse_y_ptr",
+        _TOKENS,
+    ),
+}
+VARIANTS |= PACKED
+
 # A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
 # largest that are launched.
 TILES = {512: (16, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
@@ -153,6 +210,8 @@ def rows() -> list[Row]:
 
 
 def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
+    if variant.module.startswith("varlen_long"):
+        return [packed_tile(variant, dtype)]
     sizes = CLASSES[variant.configured][dtype]
     if variant == VARIANTS["forward, cost"] and dtype in ("float64", "float32"):
         return [TILES[size] for size in sizes] + (OTHERS[dtype] + OF_A_COST if dtype == "float32" else [])
@@ -163,9 +222,18 @@ def tiles(variant: Variant, dtype: str) -> list[tuple[int, int]]:
     return [SQUARES[size] for size in sizes]
 
 
+def packed_tile(variant: Variant, dtype: str) -> tuple[int, int]:
+    """The one tile of a kernel for packed items that fit none on chip."""
+    itemsize = 8 if dtype == "float64" else 4
+    if "rounds" in variant.kernel:
+        return LINES_TILE[itemsize]
+    return (LONG_TILE_BACKWARD if variant.configured == "varlen_long_backward" else LONG_TILE)[itemsize]
+
+
 def must_not_spill(row: Row) -> bool:
     """Forward kernels never; what a backward kernel spills is pinned by the table."""
-    return VARIANTS[row.variant].configured == "forward"
+    variant = VARIANTS[row.variant]
+    return variant.configured == "forward" or (variant.module == "varlen_long" and "backward" not in row.variant)
 
 
 def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resources:
@@ -192,7 +260,8 @@ def _source(variant: Variant, dtype: str, constants: dict[str, Any]) -> ASTSourc
     kernel = getattr(module, variant.kernel)
     tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)
-    types |= {"rounds_ptr": "*i32", "has_mass_ptr": "*i32", "scale": "fp64", "tol": "fp64"}
+    types |= dict.fromkeys(("rounds_ptr", "has_mass_ptr", "cu_seqlens_x_ptr", "cu_seqlens_y_ptr"), "*i32")
+    types |= {"scale": "fp64", "tol": "fp64"}
     signature, constant, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or (name.endswith("_ptr") and name not in types):
@@ -283,7 +352,7 @@ def committed(row: Row, table: dict[str, Any]) -> Resources | None:
 
 def is_current(row: Row, table: dict[str, Any]) -> bool:
     """Whether the table has the row, of these sources and as it is configured now."""
-    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", VARIANTS[row.variant].configured
+    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", source_of(VARIANTS[row.variant])
     found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
     return table["sources"].get(kernel) == sources_hash(kernel) and found[3:] == _steps(row)
 
@@ -292,11 +361,19 @@ def _steps(row: Row) -> list[int]:
     return [configured(row).get(name, 0) for name in ("BLOCK_D", "num_warps", "num_stages")]
 
 
+def source_of(variant: Variant) -> str:
+    """The name under which the table has the hash of a variant's sources."""
+    return variant.module if variant.module.startswith("varlen") else variant.configured
+
+
 def sources_hash(kernel: str) -> str:
     """Of the sources that a kernel's rows are made of."""
+    modules: tuple[str, ...]
     modules = ("rounds", "loss") if kernel.startswith("loss") else ("rounds", "attend", "attend_backward")
     if kernel in ("forward", "similarity"):
         modules = modules[:2]
+    if kernel.startswith("varlen"):
+        modules += ("varlen", "varlen_long", "varlen_long_backward")[: 1 + kernel.count("_")]
     digest = hashlib.sha256()
     for module in modules:
         digest.update((KERNELS / f"{module}.py").read_bytes().replace(b"\r\n", b"\n"))
@@ -304,7 +381,7 @@ def sources_hash(kernel: str) -> str:
 
 
 def sources_hashes() -> dict[str, str]:
-    return {kernel: sources_hash(kernel) for kernel in CLASSES}
+    return {kernel: sources_hash(kernel) for kernel in dict.fromkeys(map(source_of, VARIANTS.values()))}
 
 
 def load_table() -> dict[str, Any]:

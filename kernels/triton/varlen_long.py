@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .attend import HISTORY_ALL, HISTORY_NONE, dot_split, split
-from .rounds import LN2, load_live, log_kernel, product, token_products
+from .rounds import LN2, load_live, log_kernel, token_products
 from .varlen import span, suits
 
 
@@ -287,7 +287,7 @@ def _varlen_rounds_kernel(
             if HISTORY != HISTORY_NONE and HISTORY != HISTORY_ALL:
                 tl.store(history_ptr + N + columns, log_v, mask=columns < M)
             tl.store(g_ptr + columns, log_v * unit + poison, mask=columns < M)
-        if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
+        if HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
             for start in range(t * (N + M), num_iters * (N + M), BLOCK_N):
                 rest = start + row_places
                 tl.store(history_ptr + rest, tl.zeros((BLOCK_N,), DTYPE), mask=rest < num_iters * (N + M))
@@ -305,7 +305,7 @@ def attend_lines(
     rows, features = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     factor = tl.full((BLOCK_N,), 1.0, DTYPE)
     if BARYCENTRIC:
-        total_a, total_b, has_mass = totals(a_ptr, b_ptr, start_x, start_y, N, M, DTYPE, 512)
+        total_a, _, has_mass = totals(a_ptr, b_ptr, start_x, start_y, N, M, DTYPE, 512)
         a = marginal_at(a_ptr, start_x, rows, N, total_a, has_mass, DTYPE)
         factor = 1.0 / tl.where(a == 0, 1.0, a)
     if b_ptr is not None:

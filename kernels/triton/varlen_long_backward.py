@@ -60,8 +60,8 @@ def pull_lines(
 
 @triton.jit
 def unroll_long(
-    L_ptr, G_ptr, history_ptr, start_v_ptr, num_rounds, d_u_ptr, d_v_ptr, pull_x_ptr, pull_y_ptr, grad_a_ptr, grad_b_ptr,
-    N, M, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    L_ptr, G_ptr, history_ptr, start_v_ptr, num_rounds, d_u_ptr, d_v_ptr, pull_x_ptr, pull_y_ptr,
+    grad_a_ptr, grad_b_ptr, N, M, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
     """As ``unroll_log``; ``start_v_ptr`` has the log scalings before the first round, ``grad_*`` sums to add to."""
     places = tl.arange(0, BLOCK)
@@ -240,7 +240,8 @@ def _varlen_rounds_bwd_kernel(
     BARYCENTRIC: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A program an item: the gradient of the log kernel in place of ``from_x_ptr``, the plan in place of
-    ``from_y_ptr``, and the gradients of the weights. ``vector_*_ptr`` [5, T_x], [6, T_y] is room for vectors of either side."""
+    ``from_y_ptr``, and the gradients of the weights. ``vector_*_ptr``, [5, T_x] and [6, T_y], are room for vectors.
+    """
     item = tl.program_id(0).to(tl.int64)
     DTYPE: tl.constexpr = L_ptr.dtype.element_ty
     start_x, N = span(cu_seqlens_x_ptr, item, tokens_x)

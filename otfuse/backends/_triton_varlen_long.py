@@ -18,7 +18,12 @@ from otfuse.backends._triton_launch import launch
 if TYPE_CHECKING:
     from otfuse.backends.triton_varlen import Packed
 
-LINES_OF_ROUNDS = 2  # of a tile of the rounds: half as many as of products, and twice as long
+# By bytes of a number of the solve: the tile of products and attends; of the rounds, which have no features; and of the
+# gradients of tokens, where three matrices meet.
+LONG_TILE = {8: (32, 32), 4: (64, 64)}
+LINES_TILE = {8: (16, 64), 4: (32, 128)}
+LONG_TILE_BACKWARD = {8: (32, 32), 4: (64, 32)}
+
 VECTORS_X, VECTORS_Y = 5, 6  # of either side, in which the backward keeps what the rounds leave
 
 
@@ -34,12 +39,12 @@ def launch_long(
         matrix, *where, items.x.new_empty(len(items.x), dtype=items.solve_dtype), *solution, kept,
         *sizes, scale, num_iters, tol,
     )  # fmt: skip
-    constants = {"STOPS": tol > 0, "HISTORY": history, **_lines(items)}
-    launch(_kernels().rounds, (items.B,), arguments, constants, items.x.device)
+    lines: dict[str, Any] = {"STOPS": tol > 0, "HISTORY": history, **_lines(items)}
+    launch(_kernels().rounds, (items.B,), arguments, lines, items.x.device)
     tokens = matrix, items.x, items.y, *where, x_out, y_out, solution[2]
-    blocks = items.blocks("varlen_long", items.long_tile())
+    blocks = items.long_blocks(LONG_TILE)
     arguments = (*tokens, *sizes, _blocks_x(items, blocks), items.D)
-    constants = {"BARYCENTRIC": barycentric, "PRECISION": precision, **blocks}
+    constants: dict[str, Any] = {"BARYCENTRIC": barycentric, "PRECISION": precision, **blocks}
     launch(_kernels().attend, (items.B, _blocks_of_tokens(items, blocks)), arguments, constants, items.x.device)
 
 
@@ -47,21 +52,21 @@ def launch_long_backward(
     items: Packed, rounds: Tensor, history: Tensor, grads: tuple[Tensor | None, ...], gradients: tuple[Any, ...],
     cosine: bool, barycentric: bool, scale: float, num_iters: int, mode: int, precision: str,
 ) -> None:  # fmt: skip
-    """``grads``: of x, y, the packed plan, f and g; ``gradients``: room for those of x, y, a and b, None if unwanted."""
+    """``grads``: of x, y, packed plan, f and g; ``gradients``: room for those of x, y, a and b, None if unwanted."""
     grad_x_out, grad_y_out, grad_plan, grad_f, grad_g = grads
-    matrices = L, from_x, from_y = [items.matrix() for _ in range(3)]
-    new = items.x.new_empty
-    inverses = new(len(items.x), dtype=items.solve_dtype), new(len(items.y), dtype=items.solve_dtype)
+    matrices = [items.matrix() for _ in range(3)]  # the log kernel, and what comes from either side's gradient
+    new, dtype = items.x.new_empty, items.solve_dtype
+    inverses = new(len(items.x), dtype=dtype), new(len(items.y), dtype=dtype)
     _launch_products(items, (grad_x_out, grad_y_out, *matrices, *inverses), cosine, scale, precision)
     where, sizes = (items.cu_seqlens_x, items.cu_seqlens_y, items.a, items.b), items.long_sizes()
-    vectors = new(VECTORS_X, len(items.x), dtype=L.dtype), new(VECTORS_Y, len(items.y), dtype=L.dtype)
+    vectors = new(VECTORS_X, len(items.x), dtype=dtype), new(VECTORS_Y, len(items.y), dtype=dtype)
     arguments = (
         *matrices, grad_plan, *where, rounds, history, grad_f, grad_g, *gradients[2:], *vectors,
         *sizes, scale, num_iters,
     )  # fmt: skip
-    constants = {"BARYCENTRIC": barycentric, "MODE": mode, **_lines(items)}
-    launch(_kernels().rounds_bwd, (items.B,), arguments, constants, items.x.device)
-    blocks = items.blocks("varlen_long", items.long_tile())
+    lines = {"BARYCENTRIC": barycentric, "MODE": mode, **_lines(items)}
+    launch(_kernels().rounds_bwd, (items.B,), arguments, lines, items.x.device)
+    blocks = items.long_blocks(LONG_TILE_BACKWARD, "varlen_long_backward")
     arguments = (
         *matrices, items.x, items.y, *where, *inverses, grad_x_out, grad_y_out, *gradients[:2],
         *sizes, _blocks_x(items, blocks), items.D, scale,
@@ -71,7 +76,7 @@ def launch_long_backward(
 
 
 def _launch_products(items: Packed, matrices: tuple[Any, ...], cosine: bool, scale: float, precision: str) -> None:
-    blocks = items.blocks("varlen_long", items.long_tile())
+    blocks = items.long_blocks(LONG_TILE)
     arguments = (*items.tensors(), *matrices, *items.long_sizes(), items.D, scale)
     constants = {"COSINE": cosine, "PRECISION": precision, **blocks}
     launch(_kernels().products, (items.B, _blocks_x(items, blocks)), arguments, constants, items.x.device)
@@ -86,10 +91,7 @@ def _blocks_of_tokens(items: Packed, blocks: dict[str, int]) -> int:
 
 
 def _lines(items: Packed) -> dict[str, int]:
-    """Of the rounds, which have no features."""
-    BLOCK_N, BLOCK_M = items.long_tile()
-    tile = BLOCK_N // LINES_OF_ROUNDS, BLOCK_M * LINES_OF_ROUNDS
-    return {name: size for name, size in items.blocks("varlen_long", tile).items() if name != "BLOCK_D"}
+    return {name: size for name, size in items.long_blocks(LINES_TILE).items() if name != "BLOCK_D"}
 
 
 class Kernels(NamedTuple):

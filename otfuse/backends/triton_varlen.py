@@ -39,9 +39,6 @@ from otfuse.fused_ops import new_gradients
 # a launch (docs/performance.md#packed-tokens).
 SMALLEST_TILE = 2048
 
-# Of products and attends of items that fit no tile on chip, by bytes of a number of the solve.
-LONG_TILE = {8: (32, 32), 4: (64, 64)}
-
 
 class SizeClass(NamedTuple):
     """Items that one launch solves: at most ``most`` on either side, and on one of them more than ``less``."""
@@ -67,7 +64,7 @@ def size_classes(longest_x: int, longest_y: int, itemsize: int) -> list[SizeClas
 def _largest_tile(longest_x: int, longest_y: int, itemsize: int) -> tuple[int, int]:
     """That of the longest item if it fits on chip; else the longer side is halved until it does."""
     sides = [tile_side(longest_x), tile_side(longest_y)]
-    while not _fits(*sides, itemsize):
+    while not _fits(sides[0], sides[1], itemsize):
         sides[sides[1] > sides[0]] //= 2
     return sides[0], sides[1]
 
@@ -109,10 +106,6 @@ class Packed(NamedTuple):
         """Whether an item may be too large for every tile on chip."""
         return self.classes()[0].most != (self.longest_x, self.longest_y)
 
-    def long_tile(self) -> tuple[int, int]:
-        """Of the products of an item that is."""
-        return LONG_TILE[self.solve_dtype.itemsize]
-
     def long_sizes(self) -> tuple[int, ...]:
         """Counts of tokens, lengths, and those that are solved on chip."""
         return *self.counts(), *self.classes()[0].most
@@ -130,6 +123,9 @@ class Packed(NamedTuple):
     def matrix(self) -> Tensor:
         """Room for one number of every entry of every item: [T_x, longest_y]."""
         return self.x.new_empty(len(self.x), self.longest_y, dtype=self.solve_dtype)
+
+    def long_blocks(self, tiles: dict[int, tuple[int, int]], kernel: str = "varlen_long") -> dict[str, int]:
+        return self.blocks(kernel, tiles[self.solve_dtype.itemsize])
 
     def blocks(self, kernel: str, tile: tuple[int, int]) -> dict[str, int]:
         return block_sizes(kernel, str(self.x.dtype).removeprefix("torch."), *tile, target_of(self.x.device))
@@ -154,20 +150,19 @@ def launch_attend_varlen(
         return outputs
     x_out, y_out, padded_plan, *solution, kept = outputs
     matrix = items.matrix() if plan else None
-    kept = kept if history else None
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": tol > 0, "HISTORY": _history(grad, history)}
     with _on(x.device):
         for of in items.classes():
             parts, features = _spread(items, of)
             arguments = (
-                *items.tensors(), x_out, y_out, matrix, *solution, kept,
+                *items.tensors(), x_out, y_out, matrix, *solution, kept if history else None,
                 *items.sizes(of), items.D, features, scale, num_iters, tol,
             )  # fmt: skip
             constants = {**options, "PRECISION": _precision(x.dtype), **items.blocks("forward", of.tile)}
             launch(_kernels().attend_fwd, (items.B, parts), arguments, constants, x.device)
         if items.has_long():
             long_matrix = items.matrix() if matrix is None else matrix
-            made = x_out, y_out, *solution, kept
+            made = x_out, y_out, *solution, kept if history else None
             launch_long(
                 items, long_matrix, made, cosine, barycentric, scale, num_iters, tol, options["HISTORY"],
                 _precision(x.dtype),
