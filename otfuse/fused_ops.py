@@ -133,7 +133,7 @@ class _Attend:
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
-        if kept[1].numel() == 0:  # a transform's gradient, which could not be foreseen
+        if kept[1].shape[-1] == 0:  # a transform's gradient, which could not be foreseen
             again = getattr(torch.ops.otfuse, self.name)(*inputs, *ctx.options, True, *self.unwanted)
             kept = again[-2:]
         op = getattr(torch.ops.otfuse, f"{self.name}_backward")
