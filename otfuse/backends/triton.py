@@ -61,7 +61,7 @@ class TritonBackend(Backend):
         if not (INTERPRETED and problem.values.device.type == "cpu"):
             reasons += super().unsupported(problem)
         if isinstance(problem, VarlenProblem):
-            return reasons
+            return reasons + _too_much_memory(problem)
         _, N, M = problem.shape
         size = problem.solve_dtype.itemsize
         tokens, largest = problem.x is not None, LARGEST_TILE[size]
@@ -109,6 +109,29 @@ class TritonBackend(Backend):
         options = (*packing, *kinds, *_solve_options(problem, 1), history, problem.return_plan)
         x, y, plan, *solution = ops.call(op, *inputs, *options)
         return SinkhornAttendOutput(x, y, plan.to(x.dtype) if problem.return_plan else None, *solution[:4])
+
+
+def _too_much_memory(problem: VarlenProblem) -> list[str]:
+    """Packed items that fit no tile on chip have their matrices in memory: one forward, and three in the backward."""
+    assert problem.x is not None
+    _, N, M = problem.shape
+    size, tokens = problem.solve_dtype.itemsize, problem.x.shape[0]
+    if LONGEST_SIDE[size] >= N and LONGEST_SIDE[size] >= M:
+        return []
+    needed, memory = 3 * tokens * M * size, memory_of(problem.x.device)
+    if needed <= memory // 2:
+        return []
+    return [
+        f"{tokens} tokens of x against up to {M} of y take {needed / 2**30:.1f} GiB for kernel matrices, gradient "
+        f"included (at most half of the device's {memory / 2**30:.1f} GiB; fewer items at a time take less)"
+    ]
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes in all, whatever is in use."""
+    if device.type == "cpu":  # in Triton's interpreter: a number that is the same on every machine
+        return 16 << 30
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _solve_options(problem: Problem, sign: int) -> tuple[Any, ...]:
