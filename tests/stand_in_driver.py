@@ -64,7 +64,7 @@ def use() -> None:
     ops.library.impl("sinkhorn_attend_varlen_triton", triton_varlen.launch_attend_varlen, "CPU")
     TritonBackend.device = "cpu"
     TritonBackend.unavailable = lambda self: []
-    backend.multiprocessors = lambda device: 132
+    backend.multiprocessors = triton_varlen.multiprocessors = lambda device: 132
     backend.target_of = triton_varlen.target_of = lambda device: "sm_90"
 
 

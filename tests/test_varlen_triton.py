@@ -56,33 +56,49 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
     return seen
 
 
+MANY = 100_000  # items, more than any device solves at once
+
+
 @pytest.mark.parametrize(
     "longest, itemsize, tiles",
     [
         ((1, 1), 4, [(16, 16)]),
-        ((64, 20), 4, [(64, 32)]),
-        ((65, 33), 4, [(128, 64), (64, 32)]),
-        ((128, 128), 4, [(128, 128), (64, 64), (32, 32)]),
-        ((256, 20), 4, [(256, 32), (128, 16)]),
-        ((1000, 20), 4, [(256, 32), (128, 16)]),
-        ((20, 1000), 4, [(32, 256), (16, 128)]),
-        ((200, 60), 4, [(128, 64), (64, 32)]),
-        ((1000, 1000), 4, [(128, 128), (64, 64), (32, 32)]),
-        ((1000, 1000), 8, [(64, 64), (32, 32)]),
+        ((64, 20), 4, [(64, 32), (32, 16)]),
+        ((128, 128), 4, [(128, 128), (64, 64), (32, 32), (16, 16)]),
+        ((256, 20), 4, [(256, 32), (128, 16), (64, 16), (32, 16)]),
+        ((1000, 20), 4, [(256, 32), (128, 16), (64, 16), (32, 16)]),
+        ((200, 60), 4, [(128, 64), (64, 32), (32, 16)]),
+        ((1000, 1000), 8, [(64, 64), (32, 32), (16, 16)]),
     ],
 )
 def test_classes_follow_from_the_longest_alone(longest, itemsize, tiles):
-    assert [of.tile for of in size_classes(*longest, itemsize)] == tiles
+    assert [of.tile for of in size_classes(*longest, itemsize, MANY, 132)] == tiles
+
+
+@pytest.mark.parametrize(
+    "longest, B, tiles",
+    [
+        ((128, 128), 132, [(128, 128)]),
+        ((128, 128), 133, [(128, 128), (64, 64)]),
+        ((128, 128), 265, [(128, 128), (64, 64), (32, 32)]),
+        ((64, 20), 256, [(64, 32)]),
+        ((64, 20), 396, [(64, 32)]),
+        ((64, 20), 397, [(64, 32), (32, 16)]),
+    ],
+)
+def test_a_batch_that_runs_all_at_once_has_one_launch(longest, B, tiles):
+    """Another would begin when the longest item of the first is done, however short its own are."""
+    assert [of.tile for of in size_classes(*longest, 4, B, 132)] == tiles
 
 
 @pytest.mark.parametrize("longest", [(1, 1), (64, 20), (128, 128), (70, 256), (100, 3), (3000, 3000)])
 @pytest.mark.parametrize("itemsize", [4, 8])
-def test_every_item_has_one_launch(longest, itemsize):
+@pytest.mark.parametrize("B", [1, 200, MANY])
+def test_every_item_has_one_launch(longest, itemsize, B):
     """On chip or, if it is larger than what fits, among the others."""
-    classes = size_classes(*longest, itemsize)
-    lengths = [
-        sorted({0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 129, 255, 256, n} & {*range(n + 1)}) for n in longest
-    ]
+    classes = size_classes(*longest, itemsize, B, 132)
+    edges = {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 129, 255, 256}
+    lengths = [sorted((edges | {most}) & {*range(most + 1)}) for most in longest]
     for n, m in itertools.product(*lengths):
         solving = [of for of in classes if n <= of.most[0] and m <= of.most[1] and (n > of.less[0] or m > of.less[1])]
         fits = n <= classes[0].most[0] and m <= classes[0].most[1]
@@ -91,8 +107,9 @@ def test_every_item_has_one_launch(longest, itemsize):
             assert n <= of.tile[0] and m <= of.tile[1] and packed._fits(*of.tile, itemsize)
 
 
-def test_what_no_item_can_need_is_not_launched(device, launches):
+def test_what_no_item_can_need_is_not_launched(device, launches, monkeypatch):
     """Nor is anything for matrices that nobody asked for."""
+    monkeypatch.setattr(packed, "multiprocessors", lambda device: 1)
     lengths = [3, 16, 0, 7]
     otfuse.sinkhorn_attend_varlen(**batch(lengths, lengths, device, dtype=torch.float32), num_iters=2, backend="triton")
     assert [(name, grid) for name, grid, _ in launches] == [("_varlen_fwd_kernel", (4, 1))]
@@ -104,9 +121,11 @@ def test_what_no_item_can_need_is_not_launched(device, launches):
     assert tiles == [(128, 64), (64, 32)] and launches[-1][0] == "_varlen_matrix_kernel"
 
 
+@pytest.mark.parametrize("processors", [0, 132])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_an_item_alone_is_what_it_is_in_a_batch(device, dtype):
-    """Bitwise, where the longest that is announced is the same: then it is launched in the same shape."""
+def test_an_item_alone_is_what_it_is_in_a_batch(monkeypatch, device, dtype, processors):
+    """Bitwise, where it is launched in the same shape: all at once, or each size by itself."""
+    monkeypatch.setattr(packed, "multiprocessors", lambda device: processors)
     lengths_x, lengths_y = [5, 33, 1, 40, 0, 17], [4, 20, 7, 9, 3, 18]
     items = batch(lengths_x, lengths_y, device, dtype=dtype)
     items["x"].requires_grad_()
@@ -206,13 +225,14 @@ def test_nan_stays_in_an_item_that_fits_no_tile(monkeypatch, device, bad):
     assert torch.isfinite(gradient[18:]).all() and gradient[18:].abs().sum() > 0
 
 
-def test_lengths_that_differ_by_a_factor_of_a_thousand(device, launches):
-    """A long item among short ones and empty ones, without room for a batch as long as it on either side."""
+def test_lengths_that_differ_by_a_factor_of_a_thousand(monkeypatch, device, launches):
+    """A long item among short ones and empty ones: each is solved by the launch of its size."""
+    monkeypatch.setattr(packed, "multiprocessors", lambda device: 1)
     lengths_x, lengths_y = [1, 3, 1000, 0, 2, 1], [1, 2, 40, 2, 0, 1]
     items = batch(lengths_x, lengths_y, device, D=2, dtype=torch.float32)
     out = otfuse.sinkhorn_attend_varlen(**items, num_iters=3, backend="triton")
     assert [name for name, _, _ in launches] == [
-        *["_varlen_fwd_kernel"] * 2, "_varlen_products_kernel", "_varlen_rounds_kernel", "_varlen_attend_kernel"
+        *["_varlen_fwd_kernel"] * 3, "_varlen_products_kernel", "_varlen_rounds_kernel", "_varlen_attend_kernel"
     ]  # fmt: skip
     for item, (x, y, x_out, y_out) in enumerate(
         zip(

@@ -1,7 +1,7 @@
 """Packed tokens by Triton: which launches a batch takes, and the launchers behind the ops of ``otfuse.varlen_ops``.
 
-The host knows how long the longest item is, and no more: to look at the others would stall the device. So there is a
-launch for every size that an item may have, and a program for every item in each, which leaves at once if another
+The host knows how long the longest item is, and no more: to look at the others would stall the device. So a large batch
+has a launch for every size that an item may have, and a program for every item in each, which leaves at once if another
 launch solves it. The device code is in ``otfuse.kernels.triton.varlen`` and ``varlen_long``.
 
 Letters: B batch, T_x and T_y tokens of all items, D features.
@@ -31,13 +31,15 @@ from otfuse.backends.triton import (
     _sent,
     _wanted,
     launch_shape,
+    multiprocessors,
     tile_side,
 )
 from otfuse.fused_ops import new_gradients
 
-# Entries of a tile that is not worth a smaller one beside it: half the sides save a round a fifth of its time, and cost
-# a launch (docs/performance.md#packed-tokens).
-SMALLEST_TILE = 2048
+# Entries of a tile that is not worth a smaller one beside it; and how many programs a multiprocessor runs side by side,
+# by their registers, of a tile of up to so many entries (docs/performance.md#packed-tokens): of larger ones, one.
+SMALLEST_TILE = 512
+SIDE_BY_SIDE = {2048: 3, 4096: 2}
 
 
 class SizeClass(NamedTuple):
@@ -48,17 +50,26 @@ class SizeClass(NamedTuple):
     less: tuple[int, int]  # of the next smaller tile; below zero if there is none
 
 
-def size_classes(longest_x: int, longest_y: int, itemsize: int) -> list[SizeClass]:
-    """The launches on chip for items of up to these lengths, largest tile first: each has half the sides of the last.
+def size_classes(longest_x: int, longest_y: int, itemsize: int, B: int, processors: int) -> list[SizeClass]:
+    """The launches on chip for B items of up to these lengths, largest tile first: each has half the sides of the last.
 
-    ``itemsize``: bytes of a number of the solve.
+    There is none after one whose programs all run at once: it lasts as long as its longest item, and short ones end
+    before. ``itemsize``: bytes of a number of the solve; ``processors``: that the device has.
     """
     tiles = [_largest_tile(longest_x, longest_y, itemsize)]
-    while tiles[-1][0] * tiles[-1][1] > SMALLEST_TILE:
+    while _entries(tiles[-1]) > SMALLEST_TILE and processors * _side_by_side(tiles[-1]) < B:
         side_x, side_y = tiles[-1]
         tiles.append((max(16, side_x // 2), max(16, side_y // 2)))
     most = [(min(longest_x, side_x), min(longest_y, side_y)) for side_x, side_y in tiles]
     return [SizeClass(*of) for of in zip(tiles, most, [*most[1:], (-1, -1)])]
+
+
+def _entries(tile: tuple[int, int]) -> int:
+    return tile[0] * tile[1]
+
+
+def _side_by_side(tile: tuple[int, int]) -> int:
+    return next((count for entries, count in SIDE_BY_SIDE.items() if _entries(tile) <= entries), 1)
 
 
 def _largest_tile(longest_x: int, longest_y: int, itemsize: int) -> tuple[int, int]:
@@ -100,7 +111,8 @@ class Packed(NamedTuple):
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
     def classes(self) -> list[SizeClass]:
-        return size_classes(self.longest_x, self.longest_y, self.solve_dtype.itemsize)
+        itemsize, processors = self.solve_dtype.itemsize, multiprocessors(self.x.device)
+        return size_classes(self.longest_x, self.longest_y, itemsize, self.B, processors)
 
     def has_long(self) -> bool:
         """Whether an item may be too large for every tile on chip."""
