@@ -46,6 +46,8 @@ def sinkhorn_attend_varlen(
 ) -> SinkhornAttendOutput:
     """:func:`otfuse.sinkhorn_attend` for items of different lengths, packed without padding.
 
+    The ``triton`` backend works on the packed tokens; the others pad.
+
     Item ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
 
     Args:
