@@ -26,7 +26,10 @@ from race import Extra, enter_all, rows, take_turns, why_not
 from timing import CLOCKS, shares
 
 COMPILE_SECONDS = 120
-ORDER = ("test_attend", "test_sinkhorn", "test_time_to_accuracy", "test_peak_memory", "test_scaling", "test_step")
+ORDER = (
+    "test_attend", "test_packed", "test_sinkhorn", "test_time_to_accuracy", "test_peak_memory", "test_scaling",
+    "test_step",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

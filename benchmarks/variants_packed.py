@@ -9,7 +9,6 @@ from otfuse.backends._triton_varlen_long import LINES_TILE, LONG_TILE, LONG_TILE
 
 _TOKENS_OUT = "x_ptr y_ptr x_out_ptr y_out_ptr"
 _GRADIENTS = "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr"
-_LONG, _LONG_BACKWARD = ("varlen_long", "varlen_long"), ("varlen_long_backward", "varlen_long_backward")
 _ROUNDS_BACKWARD = ("varlen_long_backward", "_varlen_rounds_bwd_kernel", "varlen_long")
 _OF_ROUNDS = "L_ptr from_x_ptr from_y_ptr history_ptr vector_x_ptr vector_y_ptr"
 _PRODUCTS = ("varlen_long", "_varlen_products_kernel", "varlen_long")
@@ -62,8 +61,8 @@ def blocks(name: str, dtype: str, tile: tuple[int, int], target: str) -> dict[st
 
 def sources(name: str) -> tuple[str, ...]:
     """A packed kernel calls the ones on chip."""
-    modules = {"varlen": (), "varlen_long": ("varlen_long",), "varlen_long_backward": ("varlen_long", "varlen_long_backward")}
-    return "rounds", "attend", "attend_backward", "varlen", *modules[VARIANTS[name].module]
+    modules = ("varlen", "varlen_long", "varlen_long_backward")
+    return "rounds", "attend", "attend_backward", *modules[: 1 + modules.index(VARIANTS[name].module)]
 
 
 FAMILY = Family(VARIANTS, tiles, blocks, lambda name: "backward" not in name, sources)

@@ -10,6 +10,7 @@ Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features, T rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -153,13 +154,13 @@ class _Attend:
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
-        if kept[1].shape[1] == 0:  # a transform's gradient, which could not be foreseen
+        if kept[1].shape[-1] == 0:  # a transform's gradient, which could not be foreseen
             again = getattr(torch.ops.otfuse, self.name)(*inputs, *ctx.options, True, *self.unwanted)
             kept = again[-2:]
         op = getattr(torch.ops.otfuse, f"{self.name}_backward")
         results = op(*inputs, *ctx.options, *kept, *grads[: self.outputs])
         nothing = [None] * (self.options + 1 + len(self.unwanted))
-        return (*(r if _has_gradient(i) else None for i, r in zip(inputs, results)), *nothing)
+        return (*(r if _has_gradient(i) else None for i, r in zip_longest(inputs, results)), *nothing)
 
     def setup_backward_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[self.tensors : self.tensors + self.options]
@@ -229,7 +230,7 @@ class _Cost(_Attend):
 
 
 def _has_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype != torch.bool
+    return tensor is not None and tensor.is_floating_point()
 
 
 def _tol(tol: float) -> float | None:

@@ -91,8 +91,23 @@ class Problem:
     def describe(self) -> str:
         """One line for error messages."""
         shape = "B={} N={} M={}".format(*self.shape)
-        features = "" if self.x is None else f" D={self.x.shape[2]}"
+        features = "" if self.x is None else f" D={self.x.shape[-1]}"
         return f"{shape}{features}, {self.values.dtype} on '{self.values.device}', epsilon={self.epsilon}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarlenProblem(Problem):
+    """Items of different lengths: the tokens of all, ``x`` [T_x, D] and ``y`` [T_y, D], one item after the other."""
+
+    cu_seqlens_x: Tensor  # [B+1], int32
+    cu_seqlens_y: Tensor  # [B+1]
+    max_seqlen_x: int
+    max_seqlen_y: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, N, M) of the longest item."""
+        return len(self.cu_seqlens_x) - 1, self.max_seqlen_x, self.max_seqlen_y
 
 
 def token_problem(

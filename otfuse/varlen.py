@@ -8,8 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otfuse.attention import full_precision
+from otfuse.backends import select, triton_varlen  # noqa: F401, it registers what runs behind its ops
 from otfuse.functional import sinkhorn_attend
-from otfuse.problem import SinkhornAttendOutput, check_pair, check_tensor, check_weights, dtype_name
+from otfuse.problem import (
+    SIMILARITIES,
+    WEIGHTS,
+    SinkhornAttendOutput,
+    VarlenProblem,
+    check_choice,
+    check_pair,
+    check_solver,
+    check_tensor,
+    check_weights,
+    dtype_name,
+)
 
 
 def sinkhorn_attend_varlen(
@@ -32,6 +45,8 @@ def sinkhorn_attend_varlen(
     backend: str = "auto",
 ) -> SinkhornAttendOutput:
     """:func:`otfuse.sinkhorn_attend` for items of different lengths, packed without padding.
+
+    The ``triton`` backend works on the packed tokens; the others pad.
 
     Item ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
 
@@ -72,23 +87,38 @@ def sinkhorn_attend_varlen(
         )
     check_weights("a", a, tuple(x.shape[:1]), "[T_x]", x)
     check_weights("b", b, tuple(y.shape[:1]), "[T_y]", x)
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_choice("weights", weights, WEIGHTS)
+    check_solver(epsilon, num_iters, tol, grad)
+    problem = VarlenProblem(
+        x, y, None, a, b, epsilon, num_iters, tol, grad, similarity, weights, return_plan,
+        cu_seqlens_x=cu_seqlens_x, cu_seqlens_y=cu_seqlens_y, max_seqlen_x=max_seqlen_x, max_seqlen_y=max_seqlen_y,
+    )  # fmt: skip
+    chosen = select(problem, backend)
+    if not chosen.packs:
+        return attend_padded(problem, chosen.name)
+    with full_precision(x.device):
+        return chosen.attend_varlen(problem)
 
-    packing_x, packing_y = (
-        _Packing(cu_seqlens_x, max_seqlen_x, len(x)),
-        _Packing(cu_seqlens_y, max_seqlen_y, len(y)),
-    )
+
+def attend_padded(problem: VarlenProblem, backend: str) -> SinkhornAttendOutput:
+    """By way of a padded batch, for a backend without kernels for packed tokens: work and memory as of the longest."""
+    x, y = problem.x, problem.y
+    assert x is not None and y is not None
+    packing_x = _Packing(problem.cu_seqlens_x, problem.max_seqlen_x, len(x))
+    packing_y = _Packing(problem.cu_seqlens_y, problem.max_seqlen_y, len(y))
     out = sinkhorn_attend(
         packing_x.pad(x),
         packing_y.pad(y),
-        epsilon,
-        a=packing_x.pad_weights(a),
-        b=packing_y.pad_weights(b),
-        similarity=similarity,
-        num_iters=num_iters,
-        tol=tol,
-        weights=weights,
-        grad=grad,
-        return_plan=return_plan,
+        problem.epsilon,
+        a=packing_x.pad_weights(problem.a),
+        b=packing_y.pad_weights(problem.b),
+        similarity=problem.similarity,
+        num_iters=problem.num_iters,
+        tol=problem.tol,
+        weights=problem.weights,
+        grad=problem.grad,
+        return_plan=problem.return_plan,
         backend=backend,
     )
     fits = packing_x.fits & packing_y.fits  # [B]

@@ -20,6 +20,7 @@ from triton.runtime import driver
 import otfuse
 from otfuse import ops
 from otfuse.backends import triton as backend
+from otfuse.backends import triton_varlen
 from otfuse.backends.triton import TritonBackend
 
 launches: list[tuple[Any, ...]] = []
@@ -61,15 +62,24 @@ def use() -> None:
         for op in (name, f"{name}_backward"):
             launcher = op.replace("_triton", "").replace("sinkhorn_attend", "attend")
             ops.library.impl(op, getattr(backend, f"launch_{launcher}"), "CPU")
+    ops.library.impl("sinkhorn_attend_varlen_triton", triton_varlen.launch_attend_varlen, "CPU")
     TritonBackend.device = "cpu"
     TritonBackend.unavailable = lambda self: []
-    backend.multiprocessors = lambda device: 132
-    backend.target_of = lambda device: "sm_90"
+    backend.multiprocessors = triton_varlen.multiprocessors = lambda device: 132
+    backend.target_of = triton_varlen.target_of = lambda device: "sm_90"
 
 
 def attend(B: int = 64, N: int = 64, M: int = 20, D: int = 768, dtype: Any = torch.bfloat16, **options: Any) -> Any:
     x, y = torch.empty(B, N, D, dtype=dtype), torch.empty(B, M, D, dtype=dtype)
     return otfuse.sinkhorn_attend(x, y, backend="triton", **options)
+
+
+def packed(longest_x: int, longest_y: int, B: int, **options: Any) -> None:
+    """Items of one token, whatever the longest is said to be: nothing is run."""
+    tokens, ends = torch.empty(B, 64, dtype=torch.bfloat16), torch.arange(B + 1, dtype=torch.int32)
+    otfuse.sinkhorn_attend_varlen(
+        tokens, tokens.clone(), ends, ends.clone(), longest_x, longest_y, backend="triton", **options
+    )
 
 
 def microseconds(call: Callable[[], Any], turns: int = 1000) -> float:
@@ -85,14 +95,14 @@ def microseconds(call: Callable[[], Any], turns: int = 1000) -> float:
     return 1e6 * min(medians)
 
 
-def variants() -> list[Any]:
+def variants(kernel: Any = None) -> list[Any]:
     from otfuse.kernels.triton.attend import _attend_fwd_kernel
 
-    return [kernel for caches in _attend_fwd_kernel.device_caches.values() for kernel in caches[0].values()]
+    return [kernel for caches in (kernel or _attend_fwd_kernel).device_caches.values() for kernel in caches[0].values()]
 
 
-def compiled() -> int:
-    return len(variants())
+def compiled(kernel: Any = None) -> int:
+    return len(variants(kernel))
 
 
 def type_of_item() -> str:
@@ -136,6 +146,11 @@ def main() -> None:
     attend(B=2, N=256, D=1024)
     report["small batch"] = [(name, place[:3]) for name, place, _ in launches]
     report["tf32"] = precisions()
+    launches.clear()
+    for longest_x, longest_y, B in ((64, 20, 256), (33, 17, 7), (48, 32, 1)):
+        packed(longest_x, longest_y, B, epsilon=B / 100, num_iters=B)
+    report["packed"] = [(name, place[:3]) for name, place, _ in launches]
+    report["packed, compiled"] = compiled(triton_varlen._kernels().attend_fwd)
     StandIn.records = False
     x, y = torch.empty(64, 64, 768, dtype=torch.bfloat16), torch.empty(64, 20, 768, dtype=torch.bfloat16)
     options = (None, None, True, False, 10.0, 50, -1.0, 1, False, False, False)

@@ -17,6 +17,8 @@ OPS = {
         "sinkhorn_triton_backward",
         "sinkhorn_attend_triton",
         "sinkhorn_attend_triton_backward",
+        "sinkhorn_attend_varlen_triton",
+        "sinkhorn_attend_varlen_triton_backward",
     ),
 }
 LOSS_OPS = {"alignment_loss_triton", "alignment_loss_triton_backward"}  # tests/test_loss_kernel.py
@@ -25,6 +27,10 @@ ENDS_X, ENDS_Y = torch.tensor([0, 2, 2, 7]).int(), torch.tensor([0, 3, 4, 6]).in
 
 def tokens(B=2, N=5, M=4, D=6, dtype=torch.float32, requires_grad=True):
     return tuple(t.requires_grad_(requires_grad) for t in clustered_tokens(B, N, M, D, dtype=dtype))
+
+
+def packed_tokens():
+    return tuple(t.detach().flatten(0, 1)[:n].clone().requires_grad_() for t, n in zip(tokens(), (7, 6)))
 
 
 class Calls(TorchDispatchMode):
@@ -66,6 +72,22 @@ SAMPLES = {
     ),
     "detach": lambda backend: otfuse.sinkhorn_attend(*tokens(), num_iters=3, grad="detach", backend=backend),
     "bfloat16": lambda backend: otfuse.sinkhorn_attend(*tokens(dtype=torch.bfloat16), num_iters=3, backend=backend),
+    "packed": lambda backend: otfuse.sinkhorn_attend_varlen(
+        *packed_tokens(), ENDS_X, ENDS_Y, 5, 3, num_iters=3, return_plan=True, backend=backend
+    ),
+    "packed weights": lambda backend: otfuse.sinkhorn_attend_varlen(
+        *packed_tokens(),
+        ENDS_X,
+        ENDS_Y,
+        5,
+        3,
+        a=torch.ones(7, requires_grad=True),
+        b=torch.arange(6) > 0,
+        num_iters=9,
+        tol=1e-2,
+        weights="barycentric",
+        backend=backend,
+    ),
 }
 
 
@@ -105,7 +127,9 @@ def test_opcheck(sample, fused):
 
 def test_the_samples_reach_every_op():
     for backend, names in OPS.items():
-        reached = {name_of(func) for sample in ("float32", "cosine") for func, _ in calls_of_ops(sample, backend)}
+        reached = {
+            name_of(func) for sample in ("float32", "cosine", "packed") for func, _ in calls_of_ops(sample, backend)
+        }
         assert reached == set(names)
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("otfuse::")}
     assert registered - LOSS_OPS == {name for names in OPS.values() for name in names}

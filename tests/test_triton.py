@@ -202,6 +202,12 @@ def test_two_launches_for_a_small_batch_of_large_items(stand_in):
     assert tiles[0] == parts[0] == 2 and parts[1] > 1
 
 
+def test_packed_tokens_are_compiled_once_for_a_tile(stand_in):
+    """Not for every longest item, nor for other numbers of items or of tokens; a program for every item."""
+    assert stand_in["packed"] == [["_varlen_fwd_kernel", [B, 1, 1]] for B in (256, 7, 1)]
+    assert stand_in["packed, compiled"] == 1
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otfuse import attention
 from otfuse.attention import Marginals
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput
+from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, VarlenProblem
 
 
 class BackendError(RuntimeError):
@@ -41,6 +41,7 @@ class Backend:
 
     name: str
     device: str | None = None  # the type of device it runs on; None is any
+    packs = False  # whether it takes packed tokens as they are, or else padded ones
 
     def unavailable(self) -> list[str]:
         """Reasons why this backend cannot run here, whatever the problem; empty when it can."""
@@ -92,3 +93,7 @@ class Backend:
         if x is not problem.x:
             x_out, y_out = x_out.to(problem.x.dtype), y_out.to(problem.y.dtype)
         return SinkhornAttendOutput(x_out, y_out, *solution), made
+
+    def attend_varlen(self, problem: VarlenProblem) -> SinkhornAttendOutput:
+        """The whole operator on packed tokens, by a backend that ``packs``; the plan in the dtype of the tokens."""
+        raise NotImplementedError
