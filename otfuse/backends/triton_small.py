@@ -29,7 +29,7 @@ HELD = {
 
 # Items and warps of the tiles that would have a stack all the same, by bytes of an entry.
 OTHERWISE = {
-    ("small", 8, 8, 8): (8, 2),
+    ("small", 8, 8, 8): (4, 2),
     ("small", 4, 4, 8): (8, 1),
     ("small, everything", 8, 8, 8): (2, 1),
     ("small, everything", 8, 16, 16): (1, 2),
