@@ -297,9 +297,9 @@ def test_matrices_of_long_items_take_no_room_for_short_ones(monkeypatch, device)
 def test_matrices_beyond_the_memory_are_refused_by_name(monkeypatch, device):
     """And passed on by "auto": the padded way may have room, since it is another way."""
     items = batch([3, 300], [300, 2], device, D=2, dtype=torch.float32)
-    monkeypatch.setattr(dense, "device_memory", lambda device: 2 * 3 * 303 * 300 * 4)
+    monkeypatch.setattr(dense, "memory_of", lambda device: 2 * 3 * 303 * 300 * 4)
     assert otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x.isfinite().all()
-    monkeypatch.setattr(dense, "device_memory", lambda device: 2 * 3 * 303 * 300 * 4 - 1)
+    monkeypatch.setattr(dense, "memory_of", lambda device: 2 * 3 * 303 * 300 * 4 - 1)
     with pytest.raises(BackendError, match=r"N=300 M=300 D=2.*303 tokens of x against up to 300 of y take"):
         otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton")
     assert otfuse.sinkhorn_attend_varlen(**items, num_iters=1).x.isfinite().all()

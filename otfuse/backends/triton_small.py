@@ -29,7 +29,7 @@ HELD = {
 
 # Items and warps of the tiles that would have a stack all the same, by bytes of an entry.
 OTHERWISE = {
-    ("small", 8, 8, 8): (8, 2),
+    ("small", 8, 8, 8): (4, 2),
     ("small", 4, 4, 8): (8, 1),
     ("small, everything", 8, 8, 8): (2, 1),
     ("small, everything", 8, 16, 16): (1, 2),
@@ -43,6 +43,8 @@ def launch_sinkhorn_small(
     cost, a, b = contiguous(cost, a, b)
     plan = torch.empty_like(cost)
     *solution, kept = new_like(_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device))
+    if history and not (a is None and b is None):
+        kept.zero_()  # an item without mass keeps nothing: zeros, not whatever was there
     if B > 0:
         blocks = small_blocks(row_of("small", a, b, tol), N, M, cost.dtype, cost.device.type == "cpu")
         mode = 0 if not history else 2 if grad == UNROLL else 1  # attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL
