@@ -1,0 +1,57 @@
+"""Run what has not been run, then write tables and plots: ``python -m lavcap.study --help``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavcap.study.conditions import Condition, everything
+from lavcap.study.store import read_runs, write_runs
+from lavcap.study.training import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, required=True, help="result file; runs that it holds are not repeated")
+    parser.add_argument("--machine", default=platform.machine(), help="in words, for the result file")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after these")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run_missing(everything(), options.results, options.machine, options.minutes)
+
+
+def run_missing(
+    conditions: Sequence[Condition],
+    results: Path,
+    machine: str,
+    minutes: float = float("inf"),
+    one: Callable[[Condition], dict[str, Any]] = run,
+) -> None:
+    """Run each condition whose key the result file lacks, writing the file after each."""
+    runs = read_runs(results)
+    end = time.monotonic() + 60 * minutes
+    missing = [condition for condition in conditions if condition.key not in runs]
+    for number, condition in enumerate(missing, 1):
+        if time.monotonic() > end:
+            print(f"{len(missing) - number + 1} runs left for another time", flush=True)
+            return
+        runs[condition.key] = one(condition)
+        write_runs(results, runs, environment(machine))
+        print(f"{number}/{len(missing)} {condition.key}: {runs[condition.key].get('test')}", flush=True)
+
+
+def environment(machine: str) -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"machine": machine, "threads": "1", "date": date.today().isoformat(), **packages}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What is run: every condition of the study, in the order in which they are run, and the package's config of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+
+from lavcap.config import (
+    Assignment,
+    AudioConfig,
+    AudioOnly,
+    Concatenation,
+    Config,
+    Contrast,
+    CrossAttention,
+    Gradient,
+    LossConfig,
+    OTAtt,
+    SolverConfig,
+    VisualOnly,
+    Weights,
+)
+
+FUSIONS = {
+    "audio": AudioOnly(),
+    "visual": VisualOnly(),
+    "concatenation": Concatenation(),
+    "cross_attention": CrossAttention(heads=4),
+    "plan": OTAtt(Weights.PLAN),
+    "barycentric": OTAtt(Weights.BARYCENTRIC),
+}
+PUBLIC_TEMPERATURE = 1 / math.log(1 / 0.07)
+LOSSES = {
+    "none": LossConfig(ot_weight=0),
+    "similarity": LossConfig(),  # Eq. 4's contrast, rows scaled to one: the package's default
+    "assignment": LossConfig(
+        assignment=Assignment.LOG_PLAN, contrast=Contrast.ASSIGNMENT, temperature=PUBLIC_TEMPERATURE
+    ),  # the public code's
+    "as_printed": LossConfig(assignment=Assignment.PLAN),  # Eq. 4 to the letter, but for the mean
+    "log_similarity": LossConfig(assignment=Assignment.LOG_PLAN),
+}
+TABLE_SEEDS = range(4)
+SWEEP_SEEDS = range(3)
+CHOICE_SEEDS = (100,)
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+ROUNDS = (1, 5, 10, 20, 50, 100, 200)
+GRADIENTS = ("detach", "unroll", "implicit")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One run, by what may differ between runs. Everything else is the same for all."""
+
+    fusion: str
+    loss: str = "none"
+    epsilon: float = 0.1
+    rounds: int = 50
+    gradient: str = "unroll"
+    pool: bool = True
+    learning_rate: float = 3e-3  # chosen on validation clips: see choice()
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in the result file: what is not the default, in words."""
+        changed = [
+            f"{field.name}={value}"
+            for field in fields(self)[2:-1]
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return " ".join((self.fusion, self.loss, *changed, f"seed={self.seed}"))
+
+    def settings(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def package_config(condition: Condition) -> Config:
+    """The fusion, solver and loss as :mod:`lavcap.config` has them."""
+    return Config(
+        audio=AudioConfig(pool_frequency=condition.pool),
+        fusion=FUSIONS[condition.fusion],  # type: ignore[arg-type]
+        solver=SolverConfig(
+            epsilon=condition.epsilon, num_iters=condition.rounds, gradient=Gradient(condition.gradient)
+        ),
+        loss=LOSSES[condition.loss],
+    )
+
+
+def arms() -> list[Condition]:
+    """The rows of the table, without seeds."""
+    alone = [Condition("audio"), Condition("visual")]
+    both = ("concatenation", "cross_attention", "plan", "barycentric")
+    return alone + [Condition(fusion, loss) for fusion in both for loss in ("none", "similarity", "assignment")]
+
+
+def sweeps() -> dict[str, list[Condition]]:
+    """By name, the conditions that are compared with each other, without seeds."""
+    best, plain = Condition("barycentric", "similarity"), Condition("barycentric")
+    pairs = [Condition("concatenation"), Condition("cross_attention"), plain, best]
+    return {
+        "epsilon": [replace(best, epsilon=epsilon) for epsilon in EPSILONS],
+        "rounds": [replace(best, rounds=rounds) for rounds in ROUNDS],
+        "gradient": [replace(one, gradient=gradient) for one in (plain, best) for gradient in GRADIENTS],
+        "forms": [Condition(f, loss) for f in ("plan", "barycentric") for loss in ("as_printed", "log_similarity")],
+        "pooling": [replace(one, pool=pool) for one in pairs for pool in (True, False)],
+    }
+
+
+def choice() -> list[Condition]:
+    """What the learning rate is chosen on: the best mean share of pairs on validation clips, over these arms."""
+    compared = (
+        Condition("concatenation"),
+        Condition("cross_attention"),
+        Condition("plan", "similarity"),
+        Condition("barycentric", "similarity"),
+    )
+    return [
+        replace(one, learning_rate=rate, seed=seed)
+        for seed in CHOICE_SEEDS
+        for rate in LEARNING_RATES
+        for one in compared
+    ]
+
+
+def everything() -> list[Condition]:
+    """Every run once, those that matter most first; all arms of a seed before the next seed."""
+    ordered = [*choice(), *_seeded(arms(), TABLE_SEEDS)]
+    for seed in SWEEP_SEEDS:
+        for conditions in sweeps().values():
+            ordered.extend(_seeded(conditions, (seed,)))
+    return list(dict.fromkeys(ordered))
+
+
+def _seeded(conditions: list[Condition], seeds: Iterator[int] | range | tuple[int, ...]) -> list[Condition]:
+    return [replace(condition, seed=seed) for seed in seeds for condition in conditions]
