@@ -14,18 +14,32 @@ from typing import Any
 import torch
 
 from lavcap.study.conditions import Condition, everything
+from lavcap.study.plots import write_plots
+from lavcap.study.sample import write_sample
 from lavcap.study.store import read_runs, write_runs
+from lavcap.study.tables import fill_page
 from lavcap.study.training import run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, required=True, help="result file; runs that it holds are not repeated")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are made anew, its plots beside it")
     parser.add_argument("--machine", default=platform.machine(), help="in words, for the result file")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after these")
     options = parser.parse_args()
     torch.set_num_threads(1)
     run_missing(everything(), options.results, options.machine, options.minutes)
+    if options.page is not None:
+        publish(options.results, options.page)
+
+
+def publish(results: Path, page: Path) -> None:
+    """Tables into the page, pictures into ``images/`` beside it."""
+    runs = read_runs(results)
+    page.write_text(fill_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    write_plots(runs, page.parent / "images")
+    write_sample(page.parent / "images" / "study-sample.svg")
 
 
 def run_missing(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lavcap.config import Average, Config
 from lavcap.captioner import cross_entropy
+from lavcap.config import Average, Config
 from lavcap.fusion import build_fusion
 from lavcap.study.task import NUM_BANDS, NUM_FRAMES, NUM_WINDOWS, PICTURE
 from lavcap.study.words import CAPTION_LENGTH, START, WORDS
@@ -81,7 +81,7 @@ class StudyOutput(NamedTuple):
 class StudyCaptioner(nn.Module):
     """What is not the fusion's is drawn first, so that it is the same for every fusion under one seed."""
 
-    def __init__(self, config: Config, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (a constant)
+    def __init__(self, config: Config, sizes: Sizes = Sizes()) -> None:
         super().__init__()
         self.audio = SoundEncoder(sizes, config.audio.pool_frequency)
         self.visual = PictureEncoder(sizes)

@@ -34,8 +34,7 @@ TEST_SEED, TEST_CLIPS = 10**9 + 1, 1000
 def run(condition: Condition, steps: int = STEPS, test_clips: int = TEST_CLIPS) -> dict[str, Any]:
     """Train and score; what goes into the result file."""
     started = time.process_time()
-    model = build(condition)
-    model.load_state_dict(_taught(condition.seed, condition.pool), strict=False)
+    model = _started(condition)
     losses = train(model, condition, steps)
     test = draw_clips(test_clips, TEST_SEED)
     validation = draw_clips(min(VALIDATION_CLIPS, test_clips), VALIDATION_SEED)
@@ -51,6 +50,19 @@ def run(condition: Condition, steps: int = STEPS, test_clips: int = TEST_CLIPS) 
     }
 
 
+def trained(condition: Condition) -> StudyCaptioner:
+    """The captioner that a run of the study scores."""
+    model = _started(condition)
+    train(model, condition, STEPS)
+    return model
+
+
+def _started(condition: Condition) -> StudyCaptioner:
+    model = build(condition)
+    model.load_state_dict(_taught(condition.seed, condition.pool), strict=False)
+    return model
+
+
 def build(condition: Condition, sizes: Sizes = Sizes()) -> StudyCaptioner:  # noqa: B008 (a constant)
     """Random weights by the condition's seed; what is not the fusion's is the same for all fusions."""
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +73,7 @@ def build(condition: Condition, sizes: Sizes = Sizes()) -> StudyCaptioner:  # no
 def train(model: StudyCaptioner, condition: Condition, steps: int) -> list[tuple[int, float, float | None]]:
     """AdamW, warm-up and cosine; fresh clips at every step. Step, cross-entropy and OT loss, ten times."""
     weight = package_config(condition).loss.ot_weight
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     log = []
     for step in range(steps):
         for group in optimiser.param_groups:
@@ -98,10 +110,8 @@ def _taught(seed: int, pool: bool) -> dict[str, Tensor]:
     optimiser = torch.optim.AdamW([*parts.parameters(), *heads.parameters()], lr=TEACHING_RATE)
     for step in range(TEACHING_STEPS):
         clips = draw_clips(TEACHING_BATCH, seed * SEEDS_A_RUN + TEACHING_SEED + step)
-        loss = sum(
-            nn.functional.cross_entropy(head(features).mT, truth)
-            for head, features, truth in zip(heads, _features(model, clips), what_is_when(clips.script))
-        )
+        sides = zip(heads, _features(model, clips), what_is_when(clips.script))
+        loss = torch.stack([nn.functional.cross_entropy(head(of).mT, truth) for head, of, truth in sides]).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -127,16 +137,15 @@ def alignment(model: StudyCaptioner, clips: Clips, condition: Condition) -> dict
     without alignment. ``marginal_error`` is the plan's, as :func:`otfuse.sinkhorn` returns it.
     """
     audio, visual = model.encode(clips.spectrogram, clips.pictures)
-    out = otfuse.sinkhorn(
-        -otfuse.similarity_matrix(audio, visual), condition.epsilon, num_iters=condition.rounds
-    )
+    out = otfuse.sinkhorn(-otfuse.similarity_matrix(audio, visual), condition.epsilon, num_iters=condition.rounds)
     rows = out.plan / out.plan.sum(2, keepdim=True)
     tokens_a_frame = model.audio.columns // NUM_FRAMES
-    own = torch.arange(rows.shape[1]) % model.audio.columns // tokens_a_frame  # [N]: rows of unpooled tokens repeat time
+    own = (
+        torch.arange(rows.shape[1]) % model.audio.columns // tokens_a_frame
+    )  # [N]: rows of unpooled tokens repeat time
     right = rows[:, torch.arange(len(own)), own]
     return {"right_frame": right.mean().item(), "marginal_error": out.marginal_error.mean().item()}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in values.items()}
-

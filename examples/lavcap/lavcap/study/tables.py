@@ -1,0 +1,174 @@
+"""Result file to Markdown tables, and into the page between its markers."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+from lavcap.study.ceilings import OBSERVERS, ceiling
+from lavcap.study.conditions import (
+    CHOICE_SEEDS,
+    LEARNING_RATES,
+    SWEEP_SEEDS,
+    TABLE_SEEDS,
+    Condition,
+    arms,
+    choice,
+    sweeps,
+)
+from lavcap.study.statistics import Estimate, estimate, paired
+from lavcap.study.store import Runs
+
+FUSION_NAMES = {
+    "audio": "sound alone",
+    "visual": "picture alone",
+    "concatenation": "concatenation",
+    "cross_attention": "cross-attention",
+    "plan": "OT-Att, `plan`",
+    "barycentric": "OT-Att, `barycentric`",
+}
+LOSS_NAMES = {
+    "none": "none",
+    "similarity": "similarity",
+    "assignment": "assignment",
+    "as_printed": "as printed",
+    "log_similarity": "logarithm, similarity",
+}
+SWEPT = {
+    "epsilon": "epsilon",
+    "rounds": "rounds",
+    "gradient": "gradient",
+    "pooling": "pool",
+    "forms": "loss",
+    "rate": "learning_rate",
+}
+MEASURES = ("pair", "object", "sound", "order", "exact")
+
+
+def by_seed(runs: Runs, condition: Condition, measure: str, group: str = "test") -> dict[int, float]:
+    """A condition's measure in every run that there is, but for those that the learning rate was chosen on."""
+    seeds = sorted({*TABLE_SEEDS, *SWEEP_SEEDS})
+    keys = {seed: replace(condition, seed=seed).key for seed in seeds}
+    return {seed: runs[key][group][measure] for seed, key in keys.items() if key in runs}
+
+
+def table_arms(runs: Runs) -> str:
+    """The table that stands beside the paper's II and III: per cent, mean ± half of the 95 % interval."""
+    header = ["fusion", "OT loss", "seeds", *MEASURES, "pair, less concatenation", "mass on the right frame"]
+    plain = by_seed(runs, Condition("concatenation"), "pair")
+    rows = []
+    for arm in arms():
+        pairs = by_seed(runs, arm, "pair")
+        cells = [_percent(by_seed(runs, arm, measure)) for measure in MEASURES]
+        less = "" if arm == Condition("concatenation") else _difference(paired(pairs, plain))
+        aligned = _percent(by_seed(runs, arm, "right_frame", "alignment"))
+        rows.append([FUSION_NAMES[arm.fusion], LOSS_NAMES[arm.loss], str(len(pairs)), *cells, less, aligned])
+    return _markdown(header, rows)
+
+
+def table_sweep(runs: Runs, name: str) -> str:
+    """One sweep: pair accuracy, its difference to the default by seed, and what the plan is like."""
+    header = [
+        "learning rate" if name == "rate" else name,
+        "fusion",
+        "OT loss",
+        "seeds",
+        "pair",
+        "less the default's",
+        "mass on the right frame",
+        "marginal error",
+    ]
+    if name == "forms":
+        del header[0]
+    rows = []
+    for one in sweeps()[name]:
+        pairs = by_seed(runs, one, "pair")
+        usual = _usual(one, SWEPT[name])
+        less = "" if one == usual else _difference(paired(pairs, by_seed(runs, usual, "pair")))
+        errors = by_seed(runs, one, "marginal_error", "alignment")
+        error = f"{sum(errors.values()) / len(errors):.1e}" if errors else ""
+        value = getattr(one, SWEPT[name])
+        shown = ["pooled" if value else "unpooled"] if name == "pooling" else [str(value)] if name != "forms" else []
+        aligned = _percent(by_seed(runs, one, "right_frame", "alignment"))
+        texts = [FUSION_NAMES[one.fusion], LOSS_NAMES[one.loss], str(len(pairs)), _percent(pairs), less, aligned, error]
+        rows.append([*shown, *texts])
+    return _markdown(header, rows)
+
+
+def table_choice(runs: Runs) -> str:
+    """Pair accuracy on validation clips by learning rate."""
+    header = ["learning rate", *(f"{FUSION_NAMES[one.fusion]}, {LOSS_NAMES[one.loss]}" for one in _compared()), "mean"]
+    rows = []
+    for rate in LEARNING_RATES:
+        values = [runs[one.key]["validation"]["pair"] for one in choice() if one.learning_rate == rate]
+        rows.append(
+            [f"{rate:g}", *(f"{100 * value:.1f}" for value in values), f"{100 * sum(values) / len(values):.1f}"]
+        )
+    return _markdown(header, rows)
+
+
+def chosen_rate(runs: Runs) -> float:
+    """The learning rate of the best mean."""
+
+    def mean(rate: float) -> float:
+        return sum(runs[one.key]["validation"]["pair"] for one in choice() if one.learning_rate == rate)
+
+    return max(LEARNING_RATES, key=mean)
+
+
+def table_ceilings() -> str:
+    rows = [[name, *(_fraction(value) for value in ceiling(observe))] for name, observe in OBSERVERS.items()]
+    return _markdown(["what is known", "pair", "object", "sound", "exact"], rows)
+
+
+def fill_page(page: str, runs: Runs) -> str:
+    """The page with each block ``<!-- name -->…<!-- end -->`` made anew.
+
+    Raises:
+        ValueError: a block of the page has a name that no table has.
+    """
+    tables = {"arms": lambda: table_arms(runs), "choice": lambda: table_choice(runs), "ceilings": table_ceilings}
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in tables and name not in SWEPT:
+            raise ValueError(f"the page asks for table {name!r}; there are {', '.join((*tables, *SWEPT))}")
+        text = tables[name]() if name in tables else table_sweep(runs, name)
+        return f"<!-- {name} -->\n{text}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def _usual(condition: Condition, field: str) -> Condition:
+    changes: dict[str, Any] = {field: "similarity" if field == "loss" else getattr(Condition("barycentric"), field)}
+    return replace(condition, **changes)
+
+
+def _compared() -> list[Condition]:
+    return [one for one in choice() if one.learning_rate == LEARNING_RATES[0] and one.seed == CHOICE_SEEDS[0]]
+
+
+def _percent(values: dict[int, float]) -> str:
+    if not values:
+        return "not run"
+    mean, half, _ = estimate(list(values.values()))
+    return f"{100 * mean:.1f}" + ("" if math.isinf(half) else f" ± {100 * half:.1f}")
+
+
+def _difference(one: Estimate | None) -> str:
+    """In points; bold where the interval leaves out zero."""
+    if one is None:
+        return "not run"
+    text = f"{100 * one.mean:+.1f}" + ("" if math.isinf(one.half) else f" ± {100 * one.half:.1f}")
+    return f"**{text}**" if one.excludes_zero else text
+
+
+def _fraction(value: object) -> str:
+    return f"{value} ({100 * float(value):.1f} %)" if str(value) != "1" else "1"  # type: ignore[arg-type]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
