@@ -15,7 +15,7 @@ from lavcap.study import training
 from lavcap.study.conditions import LOSSES, SWEEP_SEEDS, Condition, arms, everything, package_config, sweeps
 from lavcap.study.statistics import _T, Estimate, estimate, paired
 from lavcap.study.store import read_runs
-from lavcap.study.tables import chosen_rate, fill_page, table_arms, table_sweep
+from lavcap.study.tables import chosen_rate, fill_page, mean_by_seed, table_arms, table_contrasts, table_sweep
 from lavcap.study.task import draw_clips
 from lavcap.study.words import caption_ids
 
@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VARIANTS = [
     *arms(),
-    *(Condition("plan", loss) for loss in ("as_printed", "log_similarity")),
+    Condition("barycentric", one_clock=True),
     Condition("barycentric", "similarity", pool=False, gradient="implicit"),
     Condition("barycentric", "similarity", gradient="detach", rounds=1, epsilon=0.02),
 ]
@@ -62,6 +62,13 @@ def test_arms_of_a_seed_begin_with_the_same_weights_and_clips() -> None:
     for other in shared[1:]:
         assert other.keys() == shared[0].keys() and all(torch.equal(shared[0][k], other[k]) for k in other)
     assert not torch.equal(shared[0]["projector.weight"], training.build(Condition("plan")).projector.weight)
+
+
+def test_one_clock_gives_both_sides_the_same_places() -> None:
+    model = training._started(Condition("plan", one_clock=True))
+    assert torch.equal(model.audio.time_place[::2], model.visual.time_place)
+    assert torch.equal(model.audio.time_place[1::2], model.visual.time_place)
+    assert not torch.equal(training._started(Condition("plan")).audio.time_place[::2], model.visual.time_place)
 
 
 def test_training_test_and_validation_clips_differ() -> None:
@@ -166,20 +173,33 @@ def test_tables_show_means_intervals_and_what_was_not_run() -> None:
     gain = next(line for line in lines if line.startswith("| OT-Att, `plan` | similarity"))
     assert "**+30.0 ± 0.0**" in gain
     assert "not run" in next(line for line in lines if line.startswith("| cross-attention"))
+    assert mean_by_seed(runs, [Condition("plan"), Condition("plan", "similarity")], "pair", "test") == pytest.approx(
+        {seed: 0.1 * seed + 0.35 for seed in range(4)}
+    )
+    contrasts = table_contrasts({one.key: made_up(one) for one in everything()})
+    assert "| OT loss: similarity, less none | 4 | **+30.0 ± 0.0** | **+30.0 ± 0.0** |" in contrasts
     assert table_sweep(runs, "epsilon").count("\n") == 1 + len(sweeps()["epsilon"])
     with pytest.raises(ValueError, match="'speed'"):
         fill_page("<!-- speed -->\n<!-- end -->", runs)
 
 
-def test_pictures_are_drawn_of_whatever_was_run(tmp_path: Path) -> None:
+def test_pictures_are_drawn_of_whatever_was_run_and_are_the_same_again(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from lavcap.study.plots import write_plots
 
-    for runs in ({}, {one.key: made_up(one) for one in everything() if one.seed == 0}):
-        for path in write_plots(runs, tmp_path):
-            assert path.read_text().rstrip().endswith("</svg>")
-    pictures = [path.read_bytes() for path in write_plots(runs, tmp_path)]
-    assert pictures == [path.read_bytes() for path in write_plots(runs, tmp_path)]
+    runs = {one.key: made_up(one) for one in everything() if one.seed == 0 and one.fusion != "plan"}
+    pictures = {path.name: path.read_text() for path in write_plots(runs, tmp_path)}
+    assert pictures == {path.name: path.read_text() for path in write_plots(runs, tmp_path)}
+    assert set(pictures) == {"study-arms.svg", "study-learning.svg", "study-sweeps.svg"}
+    assert all(text.rstrip().endswith("</svg>") for text in pictures.values())
+
+
+def test_a_clip_is_drawn_with_what_two_captioners_make_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from lavcap.study.sample import SHOWN, write_sample
+
+    write_sample(tmp_path / "sample.svg", [training.build(condition) for condition in SHOWN])
+    assert "</svg>" in (tmp_path / "sample.svg").read_text()
 
 
 # What is committed.

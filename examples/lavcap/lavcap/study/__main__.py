@@ -1,4 +1,8 @@
-"""Run what has not been run, then write tables and plots: ``python -m lavcap.study --help``."""
+"""Run the study, or make its page of a result file.
+
+python -m lavcap.study run FILE.json [--machine WORDS] [--minutes M]
+python -m lavcap.study page FILE.json PAGE.md
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,36 @@ import torch
 
 from lavcap.study.conditions import Condition, everything
 from lavcap.study.plots import write_plots
-from lavcap.study.sample import write_sample
+from lavcap.study.sample import SHOWN, write_sample
 from lavcap.study.store import read_runs, write_runs
 from lavcap.study.tables import fill_page
-from lavcap.study.training import run
+from lavcap.study.training import run, trained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="result file; runs that it holds are not repeated")
-    parser.add_argument("--page", type=Path, help="Markdown page whose tables are made anew, its plots beside it")
-    parser.add_argument("--machine", default=platform.machine(), help="in words, for the result file")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after these")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="run what the result file lacks")
+    runs.add_argument("results", type=Path, help="written after every run")
+    runs.add_argument("--machine", default=platform.machine(), help="in words, for the result file")
+    runs.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after these")
+    page = commands.add_parser("page", help="tables into the page, pictures into images/ beside it")
+    page.add_argument("results", type=Path)
+    page.add_argument("page", type=Path, help="Markdown, with a marker where each table goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run_missing(everything(), options.results, options.machine, options.minutes)
-    if options.page is not None:
+    if options.command == "run":
+        run_missing(everything(), options.results, options.machine, options.minutes)
+    else:
         publish(options.results, options.page)
 
 
 def publish(results: Path, page: Path) -> None:
-    """Tables into the page, pictures into ``images/`` beside it."""
+    """Tables into the page, pictures into ``images/`` beside it; the one of a clip trains two captioners."""
     runs = read_runs(results)
     page.write_text(fill_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     write_plots(runs, page.parent / "images")
-    write_sample(page.parent / "images" / "study-sample.svg")
+    write_sample(page.parent / "images" / "study-sample.svg", [trained(condition) for condition in SHOWN])
 
 
 def run_missing(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from fractions import Fraction
+from functools import cache
 from itertools import permutations, product
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ OBSERVERS: dict[str, Callable[[Part], Hashable]] = {
 }
 
 
+@cache
 def ceiling(observe: Callable[[Part], Hashable]) -> Ceiling:
     """Expected shares of the guess that is the likeliest for what is observed, each word for itself and the pair."""
     seen: dict[Hashable, list[Part]] = defaultdict(list)

@@ -118,6 +118,12 @@ class StudyCaptioner(nn.Module):
             ids = torch.cat((ids, self._logits(prefix, ids)[:, -1:].argmax(2)), 1)
         return ids[:, 1:]
 
+    @torch.no_grad()
+    def share_places(self) -> None:
+        """Every sound token gets the place in time of the frame that it is heard in."""
+        places = self.audio.time_place
+        places.copy_(self.visual.time_place.repeat_interleave(len(places) // NUM_FRAMES, 0))
+
     def encode(self, spectrogram: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return self.audio(spectrogram), self.visual(pictures)
 

@@ -11,7 +11,7 @@ from lavcap.study.ceilings import OBSERVERS, ceiling
 from lavcap.study.conditions import Condition, arms, sweeps
 from lavcap.study.statistics import estimate
 from lavcap.study.store import Runs
-from lavcap.study.tables import FUSION_NAMES, LOSS_NAMES, SWEPT, by_seed
+from lavcap.study.tables import FUSION_NAMES, LOSS_NAMES, by_seed, value_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 COLOURS = {"none": "#777777", "similarity": "#1f6fb4", "assignment": "#c8571b"}
 LIMITS = ("sound alone", "both, without times", "both, each in its own order")
-PANELS = ("epsilon", "rounds", "gradient", "pooling")
 
 
 def write_plots(runs: Runs, folder: Path) -> list[Path]:
@@ -41,7 +40,7 @@ def plot_arms(runs: Runs) -> Figure:
     for limit in LIMITS:
         share = float(ceiling(OBSERVERS[limit]).pair)
         ax.axvline(100 * share, color="#bbbbbb", linewidth=1, linestyle="--", zorder=0)
-        ax.text(100 * share + 0.6, -0.75, limit, rotation=90, fontsize=7.5, color="#777777", va="top")
+        ax.annotate(limit, (100 * share, -0.75), (0, 4), textcoords="offset points", rotation=30, fontsize=8)
     rows = arms()
     for row, arm in enumerate(rows):
         values = [100 * value for value in by_seed(runs, arm, "pair").values()]
@@ -50,7 +49,6 @@ def plot_arms(runs: Runs) -> Figure:
     ax.set_ylim(len(rows) - 0.5, -0.75)
     ax.set_xlim(0, 100)
     ax.set_xlabel("pairs of object and sound named right, at their place (% of test clips' parts)")
-    ax.set_title("Fusion; OT loss", loc="left")
     return figure
 
 
@@ -75,28 +73,17 @@ def plot_learning(runs: Runs) -> Figure:
 
 def plot_sweeps(runs: Runs) -> Figure:
     """Pair accuracy over what was swept, a dot a seed, mean and 95 % interval."""
-    figure, axes = _figure(11, 6.4, len(PANELS), columns=2)
-    for ax, name in zip(axes, PANELS):
-        conditions = sweeps()[name]
+    figure, axes = _figure(11, 3.2, len(sweeps()), share=True)
+    for ax, (name, conditions) in zip(axes, sweeps().items()):
         for place, one in enumerate(conditions):
             values = [100 * value for value in by_seed(runs, one, "pair").values()]
             _dots(ax, values, place, COLOURS[one.loss], upright=True)
-        ax.set_xticks(range(len(conditions)), [_label(one, name) for one in conditions], fontsize=8)
+        ax.set_xticks(range(len(conditions)), [value_of(one, name) for one in conditions])
         ax.set_xlim(-0.5, len(conditions) - 0.5)
         ax.set_ylim(0, 100)
-        ax.set_ylabel("pairs right (%)")
-        ax.set_title(name, loc="left", fontsize=10)
+        ax.set_title(name, fontsize=10)
+    axes[0].set_ylabel("pairs named right (%)")
     return figure
-
-
-def _label(condition: Condition, sweep: str) -> str:
-    value: Any = getattr(condition, SWEPT[sweep])
-    if sweep == "gradient":
-        return f"{value}\nloss: {LOSS_NAMES[condition.loss]}"
-    if sweep == "pooling":
-        fusion = FUSION_NAMES[condition.fusion].replace("`", "").replace("OT-Att, ", "")
-        return f"{fusion}\n{LOSS_NAMES[condition.loss]}\n{'pooled' if value else 'unpooled'}"
-    return str(value)
 
 
 def _dots(ax: Axes, values: Sequence[float], place: int, colour: str, *, upright: bool) -> None:
@@ -130,10 +117,8 @@ def _keys(runs: Runs, condition: Condition) -> list[str]:
     return [key for seed in by_seed(runs, condition, "pair") if (key := replace(condition, seed=seed).key) in runs]
 
 
-def _figure(width: float, height: float, panels: int = 1, *, columns: int | None = None, share: bool = False) -> Any:
+def _figure(width: float, height: float, panels: int = 1, *, share: bool = False) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    columns = columns or panels
-    axes = figure.subplots(-(-panels // columns), columns, sharey=share, squeeze=False)
-    return figure, list(axes.flat)
+    return figure, list(figure.subplots(1, panels, sharey=share, squeeze=False).flat)

@@ -3,6 +3,7 @@ OT loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import torch
 
 import otfuse
 from lavcap.study.conditions import Condition
+from lavcap.study.model import StudyCaptioner
 from lavcap.study.task import NUM_FRAMES, OBJECTS, SOUNDS, WINDOWS_A_FRAME, Clips, draw_clips, what_is_when
-from lavcap.study.training import TEST_SEED, trained
+from lavcap.study.training import TEST_SEED
 from lavcap.study.words import caption_ids, caption_text
 from otfuse.viz import plan_heatmap
 
@@ -24,30 +26,33 @@ SHOWN = (Condition("barycentric"), Condition("barycentric", "similarity"))
 INK = "#333333"
 
 
-def write_sample(path: Path) -> None:
-    """Trains the two captioners of SHOWN (as in the study, seed 0) and draws."""
+def write_sample(path: Path, captioners: Sequence[StudyCaptioner]) -> None:
+    """``captioners``: those of SHOWN, trained."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     clips = draw_clips(CLIP + 1, TEST_SEED)
     figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(f"“{caption_text(caption_ids(clips.script)[CLIP])}”", fontsize=14, color=INK)
     grid = figure.add_gridspec(3, 3, height_ratios=(1.1, 0.75, 2.2))
     _draw_sound(figure.add_subplot(grid[0, :]), clips)
     _draw_pictures(figure.add_subplot(grid[1, :]), clips)
-    with torch.no_grad():
-        for column, condition in enumerate(SHOWN, 1):
-            model = trained(condition)
-            audio, visual = model.encode(clips.spectrogram, clips.pictures)
-            plan = otfuse.sinkhorn(-otfuse.similarity_matrix(audio, visual), condition.epsilon).plan[CLIP]
-            said = caption_text(model.generate(clips.spectrogram, clips.pictures)[CLIP])
-            loss = "with OT loss" if condition.loss != "none" else "without OT loss"
-            _draw_plan(figure.add_subplot(grid[2, column]), plan.numpy(), f"trained {loss}\n“{said}”")
-    truth = np.kron(np.eye(NUM_FRAMES), np.ones((len(plan) // NUM_FRAMES, 1))) / len(plan)
+    plans = [_plan(model, clips, condition.epsilon) for model, condition in zip(captioners, SHOWN)]
+    truth = np.kron(np.eye(NUM_FRAMES), np.ones((len(plans[0]) // NUM_FRAMES, 1))) / len(plans[0])
     _draw_plan(figure.add_subplot(grid[2, 0]), truth, "one clock: what is true\n")
-    figure.suptitle(f"“{caption_text(caption_ids(clips.script)[CLIP])}”", fontsize=14, color=INK)
+    for column, (plan, model, condition) in enumerate(zip(plans, captioners, SHOWN), 1):
+        said = caption_text(model.generate(clips.spectrogram, clips.pictures)[CLIP])
+        loss = "without" if condition.loss == "none" else "with"
+        _draw_plan(figure.add_subplot(grid[2, column]), plan, f"trained {loss} OT loss\n“{said}”")
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "lavcap"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+@torch.no_grad()
+def _plan(model: StudyCaptioner, clips: Clips, epsilon: float) -> np.ndarray:
+    audio, visual = model.encode(clips.spectrogram, clips.pictures)
+    return otfuse.sinkhorn(-otfuse.similarity_matrix(audio, visual), epsilon).plan[CLIP].numpy()
 
 
 def _draw_sound(ax: Axes, clips: Clips) -> None:

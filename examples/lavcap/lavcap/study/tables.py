@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from itertools import combinations
 
 from lavcap.study.ceilings import OBSERVERS, ceiling
 from lavcap.study.conditions import (
@@ -16,6 +16,7 @@ from lavcap.study.conditions import (
     Condition,
     arms,
     choice,
+    one_clock,
     sweeps,
 )
 from lavcap.study.statistics import Estimate, estimate, paired
@@ -33,8 +34,6 @@ LOSS_NAMES = {
     "none": "none",
     "similarity": "similarity",
     "assignment": "assignment",
-    "as_printed": "as printed",
-    "log_similarity": "logarithm, similarity",
 }
 SWEPT = {
     "epsilon": "epsilon",
@@ -44,7 +43,22 @@ SWEPT = {
     "forms": "loss",
     "rate": "learning_rate",
 }
+USUAL = Condition("barycentric", "similarity")  # what the sweeps start from
 MEASURES = ("pair", "object", "sound", "order", "exact")
+
+
+def table_clock(runs: Runs) -> str:
+    """Arms begun with one clock, and what it brings them."""
+    rows = []
+    for arm in one_clock():
+        pairs, apart = by_seed(runs, arm, "pair"), by_seed(runs, replace(arm, one_clock=False), "pair")
+        plain = by_seed(runs, Condition("concatenation", one_clock=True), "pair")
+        less = "" if arm.fusion == "concatenation" else _difference(paired(pairs, plain))
+        aligned = _percent(by_seed(runs, arm, "right_frame", "alignment"))
+        texts = [FUSION_NAMES[arm.fusion], LOSS_NAMES[arm.loss], str(len(pairs)), _percent(pairs), less]
+        rows.append([*texts, _difference(paired(pairs, apart)), aligned])
+    header = ["fusion", "OT loss", "seeds", "pair", "less concatenation", "less two clocks", "mass on the right frame"]
+    return _markdown(header, rows)
 
 
 def by_seed(runs: Runs, condition: Condition, measure: str, group: str = "test") -> dict[int, float]:
@@ -56,7 +70,15 @@ def by_seed(runs: Runs, condition: Condition, measure: str, group: str = "test")
 
 def table_arms(runs: Runs) -> str:
     """The table that stands beside the paper's II and III: per cent, mean ± half of the 95 % interval."""
-    header = ["fusion", "OT loss", "seeds", *MEASURES, "pair, less concatenation", "mass on the right frame"]
+    header = [
+        "fusion",
+        "OT loss",
+        "seeds",
+        *MEASURES,
+        "pair, less concatenation",
+        "OT loss at the end",
+        "mass on the right frame",
+    ]
     plain = by_seed(runs, Condition("concatenation"), "pair")
     rows = []
     for arm in arms():
@@ -64,37 +86,58 @@ def table_arms(runs: Runs) -> str:
         cells = [_percent(by_seed(runs, arm, measure)) for measure in MEASURES]
         less = "" if arm == Condition("concatenation") else _difference(paired(pairs, plain))
         aligned = _percent(by_seed(runs, arm, "right_frame", "alignment"))
-        rows.append([FUSION_NAMES[arm.fusion], LOSS_NAMES[arm.loss], str(len(pairs)), *cells, less, aligned])
+        name = [FUSION_NAMES[arm.fusion], LOSS_NAMES[arm.loss], str(len(pairs))]
+        rows.append([*name, *cells, less, _last_loss(runs, arm), aligned])
     return _markdown(header, rows)
+
+
+def table_contrasts(runs: Runs) -> str:
+    """One factor of the table at a time: differences averaged over the other factor, seed by seed, in points."""
+    fusions, losses = ("concatenation", "cross_attention", "plan", "barycentric"), ("none", "similarity", "assignment")
+    by_loss = {loss: [Condition(fusion, loss) for fusion in fusions] for loss in losses}
+    by_fusion = {fusion: [Condition(fusion, loss) for loss in losses] for fusion in fusions}
+    compared = [
+        (f"OT loss: {LOSS_NAMES[one]}, less {LOSS_NAMES[other]}", by_loss[one], by_loss[other])
+        for one, other in (("similarity", "none"), ("assignment", "none"), ("assignment", "similarity"))
+    ]
+    compared += [
+        (f"{FUSION_NAMES[one]}, less {FUSION_NAMES[other]}", by_fusion[one], by_fusion[other])
+        for one, other in combinations(("cross_attention", "barycentric", "plan", "concatenation"), 2)
+    ]
+    rows = []
+    for name, one, other in compared:
+        pair, frame = (
+            paired(mean_by_seed(runs, one, *what), mean_by_seed(runs, other, *what))
+            for what in (("pair", "test"), ("right_frame", "alignment"))
+        )
+        rows.append([name, str(pair.seeds if pair else 0), _difference(pair), _difference(frame)])
+    return _markdown(["difference", "seeds", "pair", "mass on the right frame"], rows)
+
+
+def mean_by_seed(runs: Runs, conditions: list[Condition], measure: str, group: str) -> dict[int, float]:
+    """Over the conditions, for each seed in which all were run."""
+    values = [by_seed(runs, condition, measure, group) for condition in conditions]
+    seeds = set.intersection(*(set(one) for one in values))
+    return {seed: sum(one[seed] for one in values) / len(values) for seed in sorted(seeds)}
 
 
 def table_sweep(runs: Runs, name: str) -> str:
     """One sweep: pair accuracy, its difference to the default by seed, and what the plan is like."""
-    header = [
-        "learning rate" if name == "rate" else name,
-        "fusion",
-        "OT loss",
-        "seeds",
-        "pair",
-        "less the default's",
-        "mass on the right frame",
-        "marginal error",
-    ]
-    if name == "forms":
-        del header[0]
     rows = []
     for one in sweeps()[name]:
         pairs = by_seed(runs, one, "pair")
-        usual = _usual(one, SWEPT[name])
-        less = "" if one == usual else _difference(paired(pairs, by_seed(runs, usual, "pair")))
+        less = "" if one == USUAL else _difference(paired(pairs, by_seed(runs, USUAL, "pair")))
         errors = by_seed(runs, one, "marginal_error", "alignment")
-        error = f"{sum(errors.values()) / len(errors):.1e}" if errors else ""
-        value = getattr(one, SWEPT[name])
-        shown = ["pooled" if value else "unpooled"] if name == "pooling" else [str(value)] if name != "forms" else []
+        error = f"{sum(errors.values()) / len(errors):.0e}" if errors else "not run"
         aligned = _percent(by_seed(runs, one, "right_frame", "alignment"))
-        texts = [FUSION_NAMES[one.fusion], LOSS_NAMES[one.loss], str(len(pairs)), _percent(pairs), less, aligned, error]
-        rows.append([*shown, *texts])
-    return _markdown(header, rows)
+        rows.append([value_of(one, name), str(len(pairs)), _percent(pairs), less, aligned, error])
+    return _markdown([name, "seeds", "pair", "less the default's", "mass on the right frame", "marginal error"], rows)
+
+
+def value_of(condition: Condition, sweep: str) -> str:
+    """What is swept, in words."""
+    value = getattr(condition, SWEPT[sweep])
+    return {True: "pooled", False: "unpooled"}[value] if sweep == "pooling" else str(value)
 
 
 def table_choice(runs: Runs) -> str:
@@ -129,7 +172,13 @@ def fill_page(page: str, runs: Runs) -> str:
     Raises:
         ValueError: a block of the page has a name that no table has.
     """
-    tables = {"arms": lambda: table_arms(runs), "choice": lambda: table_choice(runs), "ceilings": table_ceilings}
+    tables = {
+        "arms": lambda: table_arms(runs),
+        "contrasts": lambda: table_contrasts(runs),
+        "choice": lambda: table_choice(runs),
+        "ceilings": table_ceilings,
+        "clock": lambda: table_clock(runs),
+    }
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
@@ -141,9 +190,10 @@ def fill_page(page: str, runs: Runs) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
-def _usual(condition: Condition, field: str) -> Condition:
-    changes: dict[str, Any] = {field: "similarity" if field == "loss" else getattr(Condition("barycentric"), field)}
-    return replace(condition, **changes)
+def _last_loss(runs: Runs, arm: Condition) -> str:
+    """Mean over seeds of the OT loss of the last batch."""
+    found = [runs[key]["losses"][-1][2] for seed in TABLE_SEEDS if (key := replace(arm, seed=seed).key) in runs]
+    return f"{sum(found) / len(found):.2f}" if found and found[0] is not None else ""
 
 
 def _compared() -> list[Condition]:

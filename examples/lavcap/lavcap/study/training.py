@@ -60,6 +60,8 @@ def trained(condition: Condition) -> StudyCaptioner:
 def _started(condition: Condition) -> StudyCaptioner:
     model = build(condition)
     model.load_state_dict(_taught(condition.seed, condition.pool), strict=False)
+    if condition.one_clock:
+        model.share_places()
     return model
 
 
