@@ -13,6 +13,7 @@ from lavcap.study.conditions import (
     LEARNING_RATES,
     SWEEP_SEEDS,
     TABLE_SEEDS,
+    USUAL,
     Condition,
     arms,
     choice,
@@ -43,7 +44,6 @@ SWEPT = {
     "forms": "loss",
     "rate": "learning_rate",
 }
-USUAL = Condition("barycentric", "similarity")  # what the sweeps start from
 MEASURES = ("pair", "object", "sound", "order", "exact")
 
 

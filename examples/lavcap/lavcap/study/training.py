@@ -17,7 +17,6 @@ from lavcap.study.task import NUM_FRAMES, OBJECTS, SOUNDS, Clips, draw_clips, wh
 from lavcap.study.words import caption_ids, score
 
 BATCH = 32
-STEPS = 500
 WARMUP_STEPS = 50
 TEACHING_STEPS = 150
 TEACHING_BATCH = 64
@@ -31,15 +30,14 @@ VALIDATION_SEED, VALIDATION_CLIPS = 10**9, 500
 TEST_SEED, TEST_CLIPS = 10**9 + 1, 1000
 
 
-def run(condition: Condition, steps: int = STEPS, test_clips: int = TEST_CLIPS) -> dict[str, Any]:
+def run(condition: Condition, test_clips: int = TEST_CLIPS) -> dict[str, Any]:
     """Train and score; what goes into the result file."""
     started = time.process_time()
     model = _started(condition)
-    losses = train(model, condition, steps)
+    losses = train(model, condition)
     test = draw_clips(test_clips, TEST_SEED)
     validation = draw_clips(min(VALIDATION_CLIPS, test_clips), VALIDATION_SEED)
     return condition.settings() | {
-        "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "fusion_parameters": sum(p.numel() for p in model.fusion.parameters()),
         "test": _rounded(captions_scored(model, test)),
@@ -53,7 +51,7 @@ def run(condition: Condition, steps: int = STEPS, test_clips: int = TEST_CLIPS) 
 def trained(condition: Condition) -> StudyCaptioner:
     """The captioner that a run of the study scores."""
     model = _started(condition)
-    train(model, condition, STEPS)
+    train(model, condition)
     return model
 
 
@@ -72,11 +70,11 @@ def build(condition: Condition, sizes: Sizes = Sizes()) -> StudyCaptioner:  # no
         return StudyCaptioner(package_config(condition), sizes)
 
 
-def train(model: StudyCaptioner, condition: Condition, steps: int) -> list[tuple[int, float, float | None]]:
+def train(model: StudyCaptioner, condition: Condition) -> list[tuple[int, float, float | None]]:
     """AdamW, warm-up and cosine; fresh clips at every step. Step, cross-entropy and OT loss, ten times."""
     weight = package_config(condition).loss.ot_weight
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    log = []
+    log, steps = [], condition.steps
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = condition.learning_rate * _schedule(step, steps)
