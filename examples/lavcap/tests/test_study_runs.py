@@ -217,3 +217,26 @@ def test_the_committed_runs_are_whole_and_the_learning_rate_is_the_one_chosen() 
     assert wanted <= runs.keys() <= {one.key for one in everything()}
     assert chosen_rate(runs) == Condition("plan").learning_rate
     assert all(run["losses"][-1][0] == run["steps"] for run in runs.values())
+
+
+def test_what_the_page_says_in_words_is_in_the_runs() -> None:
+    runs = read_runs(RESULTS)
+
+    def of(condition: Condition, measure: str = "pair", group: str = "test") -> list[float]:
+        return [runs[replace(condition, seed=seed).key][group][measure] for seed in SWEEP_SEEDS]
+
+    fusions = ("concatenation", "cross_attention", "plan", "barycentric")
+    gains = [
+        with_loss - without
+        for fusion in fusions
+        for loss in ("similarity", "assignment")
+        for with_loss, without in zip(of(Condition(fusion, loss)), of(Condition(fusion)))
+    ]
+    assert (sum(gain > 0 for gain in gains), len(gains)) == (22, 24)
+    for fusion in fusions:
+        aligned = of(Condition(fusion, "similarity"), "right_frame", "alignment")
+        losses = [runs[Condition(fusion, "similarity", seed=seed).key]["losses"][-1][2] for seed in SWEEP_SEEDS]
+        assert max(losses) < 0.2 and sum(aligned) / len(aligned) == pytest.approx(1 / 8, abs=0.02)
+    for loss in ("none", "similarity"):
+        assert min(of(Condition("barycentric", loss, one_clock=True))) > 0.98
+    assert max(of(Condition("concatenation", one_clock=True))) < 0.5

@@ -1,5 +1,4 @@
-"""One test clip as a picture: what is heard and seen, its caption, and the plans of captioners trained with and without
-OT loss."""
+"""One test clip as a picture: what is heard and seen, its caption, and the plans of two captioners."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLIP = 0  # of the test clips
-SHOWN = (Condition("barycentric"), Condition("barycentric", "similarity"))
+SHOWN = (Condition("barycentric", "similarity"), Condition("barycentric", "similarity", one_clock=True))
 INK = "#333333"
 
 
@@ -39,11 +38,11 @@ def write_sample(path: Path, captioners: Sequence[StudyCaptioner]) -> None:
     _draw_pictures(figure.add_subplot(grid[1, :]), clips)
     plans = [_plan(model, clips, condition.epsilon) for model, condition in zip(captioners, SHOWN)]
     truth = np.kron(np.eye(NUM_FRAMES), np.ones((len(plans[0]) // NUM_FRAMES, 1))) / len(plans[0])
-    _draw_plan(figure.add_subplot(grid[2, 0]), truth, "one clock: what is true\n")
+    _draw_plan(figure.add_subplot(grid[2, 0]), truth, "what is true\n")
     for column, (plan, model, condition) in enumerate(zip(plans, captioners, SHOWN), 1):
         said = caption_text(model.generate(clips.spectrogram, clips.pictures)[CLIP])
-        loss = "without" if condition.loss == "none" else "with"
-        _draw_plan(figure.add_subplot(grid[2, column]), plan, f"trained {loss} OT loss\n“{said}”")
+        clocks = "one clock" if condition.one_clock else "two clocks"
+        _draw_plan(figure.add_subplot(grid[2, column]), plan, f"with OT loss, {clocks}\n“{said}”")
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "lavcap"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

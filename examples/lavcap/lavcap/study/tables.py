@@ -36,14 +36,7 @@ LOSS_NAMES = {
     "similarity": "similarity",
     "assignment": "assignment",
 }
-SWEPT = {
-    "epsilon": "epsilon",
-    "rounds": "rounds",
-    "gradient": "gradient",
-    "pooling": "pool",
-    "forms": "loss",
-    "rate": "learning_rate",
-}
+SWEPT = {"epsilon": "epsilon", "rounds": "rounds", "gradient": "gradient", "pooling": "pool"}
 MEASURES = ("pair", "object", "sound", "order", "exact")
 
 
