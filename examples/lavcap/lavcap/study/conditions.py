@@ -38,8 +38,7 @@ LOSSES = {
         assignment=Assignment.LOG_PLAN, contrast=Contrast.ASSIGNMENT, temperature=PUBLIC_TEMPERATURE
     ),  # the public code's
 }
-TABLE_SEEDS = range(4)
-SWEEP_SEEDS = range(3)
+SEEDS = range(3)
 CHOICE_SEEDS = (100,)
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 EPSILONS = (0.02, 0.1, 0.3, 1.0)
@@ -138,11 +137,9 @@ def choice() -> list[Condition]:
 
 
 def everything() -> list[Condition]:
-    """Every run once, those that matter most first, so that a study cut short still has all arms of some seeds."""
+    """Every run once; all conditions of a seed before the next seed, so that a study cut short can be compared."""
     swept = [condition for conditions in sweeps().values() for condition in conditions]
-    first, last = TABLE_SEEDS[: len(SWEEP_SEEDS)], TABLE_SEEDS[len(SWEEP_SEEDS) :]
-    ordered = [*choice(), *_seeded(arms(), first), *_seeded(swept, SWEEP_SEEDS[:2])]
-    ordered += [*_seeded(one_clock(), first), *_seeded(swept, SWEEP_SEEDS), *_seeded(arms(), last)]
+    ordered = [*choice(), *_seeded([*arms(), *one_clock(), *swept], SEEDS)]
     return list(dict.fromkeys(ordered))
 
 

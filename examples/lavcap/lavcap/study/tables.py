@@ -11,8 +11,7 @@ from lavcap.study.ceilings import OBSERVERS, ceiling
 from lavcap.study.conditions import (
     CHOICE_SEEDS,
     LEARNING_RATES,
-    SWEEP_SEEDS,
-    TABLE_SEEDS,
+    SEEDS,
     USUAL,
     Condition,
     arms,
@@ -56,8 +55,7 @@ def table_clock(runs: Runs) -> str:
 
 def by_seed(runs: Runs, condition: Condition, measure: str, group: str = "test") -> dict[int, float]:
     """A condition's measure in every run that there is, but for those that the learning rate was chosen on."""
-    seeds = sorted({*TABLE_SEEDS, *SWEEP_SEEDS})
-    keys = {seed: replace(condition, seed=seed).key for seed in seeds}
+    keys = {seed: replace(condition, seed=seed).key for seed in SEEDS}
     return {seed: runs[key][group][measure] for seed, key in keys.items() if key in runs}
 
 
@@ -185,7 +183,7 @@ def fill_page(page: str, runs: Runs) -> str:
 
 def _last_loss(runs: Runs, arm: Condition) -> str:
     """Mean over seeds of the OT loss of the last batch."""
-    found = [runs[key]["losses"][-1][2] for seed in TABLE_SEEDS if (key := replace(arm, seed=seed).key) in runs]
+    found = [runs[key]["losses"][-1][2] for seed in SEEDS if (key := replace(arm, seed=seed).key) in runs]
     return f"{sum(found) / len(found):.2f}" if found and found[0] is not None else ""
 
 
