@@ -67,7 +67,8 @@ def fabricated():
     for B in (1, 4, 16, 64, 256, 1024):
         rows.append(row("scaling", ours, 0.5 + 0.001 * B, B=B, axis="B", at=B))
     for side in (2, 4, 8):
-        rows.append(row("scaling", ours, 1.0 + side, B=64 // side**2, axis="N = M, equal B N M", at=side))
+        case, axis = f"solve square-{64 // side**2}x{side}x{side} float32 forward", "N = M, equal B N M"
+        rows.append(row("scaling", ours, 1.0 + side, case=case, axis=axis, at=side))
     rows += [memory_row(ours, 0.0, 2.0), memory_row("log domain, eager", 24.0, None)]
     rows += [step_row("audio encoder", 1000.0), step_row("OT-Att", 1.0), step_row("decoder layers", 110.0, 32)]
     absent = {"Liger-Kernel mHC": {"it runs on CUDA only": ["a", "b"]}}
