@@ -153,6 +153,27 @@ def test_gradients_are_those_of_the_specification(on_path, device, path, dtype, 
     assert (actual[2][a == 0] == 0).all()
 
 
+def test_gradients_of_the_fixed_point_in_float32_are_as_close_as_on_chip(on_path, device):
+    """By x, y and weights, where the rounds have arrived: short of that there is no fixed point to be close to."""
+    x, y = clustered_tokens(2, N, M, D, device=device)
+    a, b = padded_weights(0, 2, N, torch.float32).to(device), (padded_weights(1, 2, M) != 0).to(device)
+
+    def by(backend, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, y, a)]
+        options = {"b": b, "num_iters": 40, "grad": "implicit", "weights": "barycentric", "backend": backend}
+        out = otfuse.sinkhorn_attend(leaves[0], leaves[1], 0.2, a=leaves[2], **options)
+        assert out.marginal_error.max() < 1e-6
+        return torch.autograd.grad(out.x.double().sin().sum() + out.y.double().cos().sum(), leaves)
+
+    exact = by("torch", torch.float64)
+    on_path(Path.ON_CHIP)
+    on_chip = by("triton", torch.float32)
+    for path in PATHS:
+        on_path(path)
+        for name, *values in zip("xya", by("triton", torch.float32), on_chip, exact, exact):
+            assert_accurate(*values, what=f"{path}: gradient by {name}")
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 0.001])
 def test_gradients_by_a_cost(on_path, device, epsilon):
     on_path(Path.STORED)
