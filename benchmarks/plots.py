@@ -171,7 +171,7 @@ def _fixed(row: Row, axis: str) -> str:
     """What does not grow."""
     names = [name for name in ("B", "N", "M", "D") if name not in axis and (name != "D" or row["op"] == "attend")]
     values = [f"{name} = {row[name]}" for name in names]
-    return f"{row['op']}, {', '.join(values)}, {row['dtype']}"
+    return ", ".join([row["op"], *values, row["dtype"]])
 
 
 def memory(rows: Sequence[Row]) -> str:
