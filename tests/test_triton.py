@@ -152,7 +152,7 @@ def test_the_device_of_the_tensors_becomes_the_current_one(monkeypatch, current,
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index) or contextlib.nullcontext())
-    with backend._on(torch.device("cuda", 1)):
+    with backend.on(torch.device("cuda", 1)):
         assert entered == changed
 
 

@@ -80,8 +80,11 @@ def wanted(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
+_CURRENT = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> Any:
     """Triton launches on torch's current device: make it the tensors'. To change it costs more than to ask."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _CURRENT
     return torch.cuda.device(device)

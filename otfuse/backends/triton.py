@@ -121,7 +121,12 @@ def _prepared(problem: Problem, *values: Tensor) -> tuple[tuple[Tensor | None, .
 
 def path_of(values: Tensor, B: int, N: int, M: int, D: int) -> Path:
     """How a batch is solved, forward and backward: the launchers here are those of ``Path.ON_CHIP``."""
-    return choose(B, N, M, D, values.dtype, device_memory(values.device))
+    return _path(B, N, M, D, values.dtype, values.device)
+
+
+@lru_cache(maxsize=4096)
+def _path(B: int, N: int, M: int, D: int, dtype: torch.dtype, device: torch.device) -> Path:
+    return choose(B, N, M, D, dtype, device_memory(device))
 
 
 @cache
@@ -299,7 +304,12 @@ def launch_shape(B: int, token_bytes: int, D: int, device: torch.device) -> Laun
     ``token_bytes`` is what an item's tokens weigh. To make the similarity again in every part costs one
     multiprocessor's reading of them; to make it first costs a launch, and room for [B, N, M].
     """
-    idle = multiprocessors(device) // B
+    return _launch_shape(B, token_bytes, D, multiprocessors(device))
+
+
+@lru_cache(maxsize=4096)
+def _launch_shape(B: int, token_bytes: int, D: int, processors: int) -> LaunchShape:
+    idle = processors // B
     parts = max(1, min(idle, -(-D // FEATURES)))
     features = -(-D // (parts * FEATURES)) * FEATURES if D else 0
     parts = max(1, -(-D // features)) if D else 1
