@@ -39,7 +39,7 @@ def unroll_scaling(
     K, H, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CROSSED: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of ``scaling_rounds``. The gradient of the log kernel is K H; H comes in with what the plan adds."""
+    """Adjoint of ``rounds_while``, in one piece. The log kernel's gradient is K H; H holds what the plan adds."""
     grad_a, grad_b = tl.zeros_like(inverse_a), tl.zeros_like(inverse_b)
     t = num_rounds - 1
     u, v = load_round(history_ptr, tl.maximum(t, 0), N, M, BLOCK_N, BLOCK_M)
@@ -66,7 +66,7 @@ def unroll_log(
     L, G, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of ``log_rounds``. G, the gradient of the log kernel, comes in with what the plan adds.
+    """Adjoint of the rounds in logarithms. G, the gradient of the log kernel, comes in with what the plan adds.
 
     The history is rounded where logarithms are large. Entries of a plan made from it are therefore divided by their
     own sums, not by the marginals that those would be.
