@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rows import Row, cases, is_ours, shape
@@ -24,11 +25,23 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def _styled(picture: Callable[..., str]) -> Callable[..., str]:
+    """Settings for the time of a picture: whoever draws in the same process afterwards has their own."""
+
+    @functools.wraps(picture)
+    def drawn(*args: Any, **options: Any) -> str:
+        import matplotlib
+
+        with matplotlib.rc_context(SETTINGS):
+            return picture(*args, **options)
+
+    return drawn
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update(SETTINGS)
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(width, height), layout="constrained")
@@ -47,6 +60,7 @@ def colour(contender: str) -> str:
     return COLOURS.get(contender, OTHER)
 
 
+@_styled
 def bars(rows: Sequence[Row], title: str, most: int = 6) -> str:
     """Median time of everybody in each case, and the quartiles: ours on top, then in the order of time."""
     groups = list(cases(rows).values())[:most]
@@ -91,6 +105,7 @@ def _heading(row: Row) -> str:
     return f"{kind} {row['size']} {shape(row)}, {row['dtype']}{grad}"
 
 
+@_styled
 def shares(rows: Sequence[Row]) -> str:
     """Of our fastest in each case: the time that copy or product alone would take, over the time taken."""
     ours = [group[0] for group in cases(rows).values() if is_ours(group[0]) and group[0]["share_of_limit"] is not None]
@@ -117,6 +132,7 @@ def _stop(row: Row) -> str:
     return stop + ("" if row["tokens"] == "clustered" else f", {row['tokens']} tokens")
 
 
+@_styled
 def curves(rows: Sequence[Row], title: str) -> str:
     """Distance from the converged plan against time, a point for each number of rounds."""
     figure, axes = _figure(9.4, 4.6)
@@ -137,6 +153,7 @@ def curves(rows: Sequence[Row], title: str) -> str:
     return _svg(figure)
 
 
+@_styled
 def growth(rows: Sequence[Row], axis: str) -> str:
     """Time against what grows."""
     figure, axes = _figure(8, 3.8)
@@ -174,6 +191,7 @@ def _fixed(row: Row, axis: str) -> str:
     return ", ".join([row["op"], *values, row["dtype"]])
 
 
+@_styled
 def memory(rows: Sequence[Row]) -> str:
     """What is held at once beyond inputs and outputs, in arrays of [B, N, M]."""
     groups = list(cases(rows).values())
@@ -206,6 +224,7 @@ def _by_contender(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
+@_styled
 def step(rows: Sequence[Row]) -> str:
     """Milliseconds of each part of a training step, forward and backward, and its share of their sum."""
     figure, axes = _figure(8.6, 1.2 + 0.36 * len(rows))

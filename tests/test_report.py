@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-MODULES = ("growth", "report", "rows")
+MODULES = ("growth", "report", "rows", "plots")
 
 
 @pytest.fixture(autouse=True)
@@ -232,3 +232,10 @@ def test_a_row_that_is_gone_is_named(run, tmp_path, file):
     done = run("--compare", file, written(tmp_path / "fewer.json", fewer), "--all")
     assert f"gone    solve | {gone['case']} | otfuse cpu" in done.stdout
     assert done.stdout.count("same") == 13  # an attend, a solve, two of a curve, nine that grow
+
+
+def test_pictures_leave_matplotlib_as_it_was(modules):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    assert modules["plots"].step([row for row in fabricated()["rows"] if row["suite"] == "step"]).startswith("<?xml")
+    assert dict(matplotlib.rcParams) | {"backend": None} == before | {"backend": None}

@@ -129,8 +129,7 @@ def a_video_is_captioned_beside_its_alignment(page: Page, demo: Demo, tmp_path: 
     assert address is not None
     shown = np.asarray(Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB"))
     assert shown.shape == picture.shape
-    # The very picture of this clip's plan. Two processes may round differently, and so draw another line where two tie.
-    assert (np.abs(shown.astype(int) - picture).max(axis=2) > 16).mean() < 0.01
+    assert np.abs(shown.astype(int) - picture).mean() < 0.1  # of 255: the very picture of this clip's plan
 
 
 def a_bad_file_gets_a_message_and_the_page_goes_on(page: Page, tmp_path: Path) -> None:
