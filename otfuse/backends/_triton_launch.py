@@ -62,8 +62,10 @@ def new_like(models: Sequence[Tensor]) -> list[Tensor]:
 
 @lru_cache(maxsize=4096)
 def model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape that takes room for one number."""
-    return torch.empty((), dtype=dtype, device=device).expand(shape)
+    """A tensor of this shape that takes no room: it outlives the memory pool of a CUDA graph, if it is made in one."""
+    tensor = torch.empty((), dtype=dtype, device=device).expand(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:

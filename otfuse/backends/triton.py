@@ -356,4 +356,12 @@ def _blocks(kernel: str, dtype: torch.dtype, BLOCK_N: int, BLOCK_M: int, device:
 
 def _precision(tokens: torch.dtype) -> str:
     """Of products in float32: its own, unless torch has been told that tf32 will do."""
-    return "tf32" if tokens == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tokens == torch.float32 and _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """What torch's own products on CUDA are in. Its older setting raises when read after the newer one was made."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
+        return matmul.allow_tf32
+    return bool(matmul.fp32_precision == "tf32")
