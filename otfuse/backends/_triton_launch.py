@@ -17,6 +17,8 @@ from torch import Tensor
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
+ON_AMD = torch.version.hip is not None  # where Triton looks at one thing more: whether a tensor is below 2 GiB
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], device: torch.device
@@ -45,12 +47,14 @@ def _kinds(arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     for argument in arguments:
         value = argument
         if argument is None or isinstance(argument, float):
-            kinds.append(argument is None)
+            kinds.append(None if argument is None else float)
         elif isinstance(argument, int):  # one, and what 32 bits do not hold, are seldom passed
             kinds.append(argument % 16 == 0 if 1 < argument < 2**31 else (argument,))
         else:
             value = argument.data_ptr()
             kinds.append(argument.dtype if value % 16 == 0 else (argument.dtype,))
+            if ON_AMD:
+                kinds.append(argument.untyped_storage().nbytes() < 2**31)
         values.append(value)
     return kinds, values
 
