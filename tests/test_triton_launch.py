@@ -34,7 +34,8 @@ def arguments() -> list[Any]:
     room = torch.zeros(64, dtype=torch.float32)
     room = room[(-room.data_ptr() % 64) // 4 :]
     tensors = [room, room[4:], room[1:], room[:0], room.to(torch.bfloat16)[1:], room.to(torch.int32), room.bool()]
-    return [*tensors, None, 0.5, 1.0, 16.0, -1, 0, 1, 2, 15, 16, 17, 32, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 16, 2**40]
+    numbers = [-1, 0, 1, 2, 15, 16, 17, 32, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 16, 2**40]
+    return [*tensors, None, 0.5, 1.0, 16.0, *numbers]
 
 
 @pytest.mark.parametrize("specialised", [True, False])
@@ -242,8 +243,6 @@ def test_offsets_beyond_32_bits_packed():
     x[-16:], y[-1:] = last_x, last_y
     ends = torch.arange(B + 1, dtype=torch.int32, device="cuda")
     out = otfuse.sinkhorn_attend_varlen(x, y, 16 * ends, ends, 16, 1, num_iters=2, backend="triton")
-    alone = otfuse.sinkhorn_attend_varlen(
-        last_x, last_y, 16 * ends[:2], ends[:2], 16, 1, num_iters=2, backend="triton"
-    )
+    alone = otfuse.sinkhorn_attend_varlen(last_x, last_y, 16 * ends[:2], ends[:2], 16, 1, num_iters=2, backend="triton")
     torch.testing.assert_close(out.x[-16:], alone.x)
     torch.testing.assert_close(out.y[-1:], alone.y)
