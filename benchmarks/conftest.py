@@ -23,6 +23,7 @@ from limits import Limits
 from measured import Measured, inputs_of, mean_rounds
 from peers import Compiler
 from race import Extra, enter_all, rows, take_turns, why_not
+from selection import urgency
 from timing import CLOCKS, shares
 
 COMPILE_SECONDS = 120
@@ -34,6 +35,7 @@ ORDER = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--out", type=Path, help="folder for the rows of this run, as <date>-<machine>.json")
+    parser.addoption("--limited", action="store_true", help="on a device: only what a limit is set for")
     parser.addoption("--full", action="store_true", help="every size, gradient, dtype, kind of token; hours on a CPU")
     parser.addoption(
         "--minutes", type=float, default=math.inf, help="start no case after that many (default: no limit)"
@@ -58,15 +60,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = Results(config)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order of importance, on a CPU with what takes long at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order of importance, on a CPU with what takes long at the end, elsewhere with what has a limit first."""
+    on_cpu = config.option.device == "cpu"
 
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        measured = getattr(item, "callspec", None) and item.callspec.params.get("measured")
-        slow = item.config.option.device == "cpu" and measured is not None and measured.takes_long
-        return slow, ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
+    def later(item: pytest.Item) -> int:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        measured = params.get("measured")
+        return int(measured is not None and measured.takes_long) if on_cpu else urgency(item.path.stem, params)
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        return later(item), ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
 
     items.sort(key=place)
+    if config.option.limited and not on_cpu:
+        config.hook.pytest_deselected(items=[item for item in items if later(item)])
+        items[:] = [item for item in items if not later(item)]
 
 
 class Results:

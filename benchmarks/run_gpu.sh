@@ -15,15 +15,18 @@ Runs on this machine's GPU and leaves in the folder OUT:
   summary.txt        one screen of it, also printed at the end
 
 Steps: full tests, compute-sanitizer's memcheck and racecheck, benchmarks, profile, report. A step that fails or runs
-out of time does not stop the others. The exit code is the number of steps that failed.
+out of time does not stop the others. The exit code is the number of steps that failed. Of the benchmarks those come
+first that a limit is set for, then one size after another at constant work; the summary says of each limit whether it
+was met, missed or not measured.
 
-  --quick      tests of the Triton backend alone, no racecheck, main sizes
+  --quick      tests of the Triton backend alone, no racecheck, what a limit is set for
   --dry-run    without a GPU: every step on tiny shapes in Triton's interpreter, to try the script itself
   --minutes N  for all of it (default 10; the last step starts early enough)
   --commit ID  what to put down as the commit, where the tree is no git checkout
 
 The Python is $PYTHON, or python3. It needs torch, triton, pytest, pytest-benchmark, hypothesis, numpy, scipy and
-matplotlib; otfuse itself need not be installed. POT, flash-sinkhorn and pytest-xdist are used where they are there.
+matplotlib; otfuse itself need not be installed. POT, flash-sinkhorn, Liger-Kernel and pytest-xdist are used where they
+are there.
 TEXT
 }
 
@@ -137,7 +140,7 @@ run_tests() {
   [ -z "$dry" ] || where=(tests/test_select.py)
   # Most of the time goes into compiling kernels, which several processes do at once.
   [ -n "$dry" ] || ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n 6)
-  step tests 220 "$python" -m pytest "${where[@]}" --device "$device" -q --durations=10 "${workers[@]}"
+  step tests 200 "$python" -m pytest "${where[@]}" --device "$device" -q --durations=10 "${workers[@]}"
 }
 
 # sanitize TOOL SECONDS
@@ -150,15 +153,15 @@ sanitize() {
     echo "compute-sanitizer is not here: $1 did not run" | tee -a "$log" "$out/missing"
   else
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" "$sanitizer" --tool "$1" --target-processes application-only \
-      --print-limit 20 --error-exitcode 99 "$python" benchmarks/sanitize.py
+      --print-limit 20 --error-exitcode 99 "$python" benchmarks/sanitize.py --seconds $(($2 - 20))
   fi
 }
 
 run_benchmarks() {
   local limit=$(($(left) - 75))
   local which=(benchmarks --seconds 0.4 --compile-seconds 40)
-  [ -z "$quick" ] || which+=(-k "test_attend and (lavcap-64x64 or lavcap-1024)")
-  [ -z "$dry" ] || which=(benchmarks/test_attend.py benchmarks/test_sinkhorn.py --dry-run -k "bfloat16 or unroll" --seconds 0)
+  [ -z "$quick" ] || which+=(--limited)
+  [ -z "$dry" ] || which=(benchmarks/test_{attend,sinkhorn}.py --dry-run --seconds 0 -k "bfloat16 or unroll")
   step benchmarks "$limit" "$python" -m pytest "${which[@]}" --device "$device" --benchmark-enable \
     --minutes $((limit > 60 ? limit / 60 : 1)) --out "$out" --commit "${commit:-unknown}" -q --durations=10
 }
@@ -199,8 +202,8 @@ device=cuda
 rm -f "$out/missing"
 facts >>"$log" 2>&1
 run_tests
-sanitize memcheck 50
-[ -n "$quick" ] || sanitize racecheck 50
+sanitize memcheck 60
+[ -n "$quick" ] || sanitize racecheck 60
 run_benchmarks
 run_profile
 deadline=$((deadline + 5))

@@ -8,35 +8,49 @@ little but our kernels runs on the device.
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import otfuse
+from otfuse import loss
+from otfuse.backends import triton_loss
 from otfuse.testing import clustered_tokens
 
 ROUNDS = 3
 Shape = tuple[Any, ...]
 # B, N, M, D, dtype, gradient mode, similarity, weights, padding, epsilon: each way through the kernels once or more.
-# Sizes lie beside those of the tiles; the last epsilon is solved in logarithms.
+# Sizes lie beside those of the tiles; the last epsilon on chip is solved in logarithms. Sides of more than 256 are
+# beyond the chip: of few features made anew from the tokens, of more stored. Costs of up to 16 on both sides are small.
 SHAPES = (
     (2, 9, 5, 24, torch.float32, "unroll", "cosine", "plan", False, 0.1),
     (1, 1, 1, 1, torch.float32, "unroll", "dot", "plan", False, 0.1),
+    (3, 300, 20, 24, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
+    (3, 20, 270, 70, torch.bfloat16, "implicit", "cosine", "barycentric", True, 0.1),
     (3, 17, 33, 70, torch.bfloat16, "implicit", "cosine", "barycentric", True, 0.1),
     (2, 64, 20, 129, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
+    (70, 4, 4, 8, torch.float32, "unroll", "cosine", "plan", True, 0.001),
+    (33, 16, 7, 8, torch.bfloat16, "implicit", "cosine", "barycentric", False, 0.1),
     (2, 31, 16, 65, torch.float16, "detach", "dot", "barycentric", False, 8.0),
     (1, 127, 100, 33, torch.float32, "unroll", "cosine", "plan", False, 0.005),
     (1, 30, 40, 48, torch.float64, "unroll", "cosine", "barycentric", True, 0.1),
+    (1, 33, 290, 40, torch.float32, "unroll", "cosine", "barycentric", False, 0.1),
 )
 
 
 def check(device: torch.device, shape: Shape) -> None:
-    """Tokens, gradients of tokens, and the same for a cost."""
+    """Tokens, padded and packed, a cost, and the loss of a plan; and the gradients of each."""
     B, N, M, D, dtype, *_ = shape
     x, y = clustered_tokens(B, N, M, D, dtype=dtype)
     cost = 1 - otfuse.similarity_matrix(x, y)
-    for function, inputs in ((attend, (x, y)), (solve, (cost,))):
+    functions = [(attend, (x, y)), (solve, (cost,)), (attend_packed, (x, y))]
+    if triton_loss.fits(cost):
+        functions.append((align, (torch.softmax(-3 * cost, 2), cost)))
+    for function, inputs in functions:
         wide = tuple(tensor.double() for tensor in inputs)
         exact, plain = run(function, shape, wide, "torch"), run(function, shape, inputs, "torch")
         ours = run(function, shape, tuple(tensor.to(device) for tensor in inputs), "triton")
@@ -59,6 +73,28 @@ def solve(shape: Shape, cost: Tensor, backend: str) -> tuple[Tensor, ...]:
     *_, grad, _, _, padded, epsilon = shape
     a = mask(cost) if padded else None
     return otfuse.sinkhorn(cost, epsilon, a, num_iters=ROUNDS, grad=grad, backend=backend)[:1]
+
+
+def attend_packed(shape: Shape, x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """Item by item half as long as the one before, and one more without tokens."""
+    B, N, M, *_ = shape
+    *_, grad, similarity, weights, padded, epsilon = shape
+    lengths = [[max(1, side >> item) for item in range(B)] for side in (N, M)]
+    x, y = (torch.cat([t[i, :n] for i, n in enumerate(lengths[side])]) for side, t in enumerate((x, y)))
+    ends = [torch.tensor([0, *accumulate([*n, 0])], dtype=torch.int32, device=x.device) for n in lengths]
+    keep = torch.arange(len(x), device=x.device) % 5 > 0 if padded else None
+    return otfuse.sinkhorn_attend_varlen(
+        x, y, *ends, N, M, epsilon, a=keep, similarity=similarity, num_iters=ROUNDS, weights=weights, grad=grad,
+        backend=backend,
+    )[:2]  # fmt: skip
+
+
+def align(shape: Shape, plan: Tensor, similarity: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """Of the loss, what each token adds to it; another kind for each gradient mode."""
+    *_, grad, _, _, padded, _ = shape
+    assignment, contrast = {"unroll": (1, 0), "implicit": (2, 1), "detach": (0, 1)}[grad]
+    token_terms = triton_loss.token_terms if backend == "triton" else loss.token_terms
+    return token_terms(plan, similarity, mask(plan) if padded else None, None, 0.5, assignment, contrast, True)[:1]
 
 
 def mask(values: Tensor) -> Tensor:
@@ -86,12 +122,21 @@ def off(actual: Tensor, exact: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu: the interpreter, and two shapes")
-    device = torch.device(parser.parse_args().device)
-    shapes = SHAPES if device.type == "cuda" else SHAPES[:2]
+    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu: the interpreter")
+    parser.add_argument("--shapes", type=int, help="only the first so many (default: all, and two on a CPU)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no shape after that many")
+    options = parser.parse_args()
+    device, start = torch.device(options.device), time.monotonic()
+    shapes = SHAPES[: options.shapes or (len(SHAPES) if device.type == "cuda" else 2)]
+    done = 0
     for shape in shapes:
+        if time.monotonic() - start > options.seconds:
+            break
         check(device, shape)
-    print(f"{len(shapes)} shapes, forward and backward: right")
+        done += 1
+    print(f"{done} of {len(SHAPES)} shapes, forward and backward: right")
+    if done < len(shapes):
+        sys.exit(f"the time was spent before {len(shapes) - done} of them, from {shapes[done][:5]} on")
 
 
 if __name__ == "__main__":

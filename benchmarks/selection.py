@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from cases import (
     Case,
     equal_work,
     lavcap,
+    many_small,
 )
+from gpu_summary import FEWER_ROUNDS
 from measured import Measured
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -38,6 +41,25 @@ EQUAL_WORK = "N = M, equal B N M"  # a size that falls off a cliff shows as a st
 # Entries of all costs together, and the largest side: that of one item on a device.
 WORK = {"cpu": (2**20, 1024), "cuda": (2**26, 8192), "hpu": (2**26, 8192)}
 CURVE_ROUNDS = (5, 10, 20, 50, 100, 200, 500)
+
+
+# What limits are set for (gpu_summary.py), and what is run first on CUDA. A round of a large item is a difference.
+LIMITED = (
+    Measured(lavcap(64), BF16),
+    Measured(lavcap(64), BF16, "unroll"),
+    Measured(lavcap(1024), BF16),
+    Measured(replace(many_small(1_048_576, 4), T=20), op="solve"),
+    Measured(LONG_VIDEO, BF16),
+    Measured(LARGE[0], BF16),
+    Measured(replace(LARGE[0], T=FEWER_ROUNDS), BF16),
+)
+
+
+def urgency(suite: str, params: dict[str, Any]) -> int:
+    """0 of what limits are set for, packed tokens among it; 1 of what shows a cliff; 2 of all else."""
+    if params.get("measured") in LIMITED or (suite == "test_packed" and params.get("grad", "") is None):
+        return 0 if suite in ("test_attend", "test_sinkhorn", "test_packed") else 2
+    return 1 if params.get("axis") == EQUAL_WORK else 2
 
 
 def chosen(suite: str, config: pytest.Config) -> list[Measured]:
@@ -69,6 +91,8 @@ def solves(device: str, full: bool = False) -> list[Measured]:
     found += [Measured(case, grad=grad, op="solve") for case in (lavcap(4), main, SQUARE) for grad in GRADS[:2]]
     found += [Measured(main, kind="random", op="solve"), Measured(main, tol=TOL, op="solve")]
     found += [Measured(case, BF16, op="solve") for case in (main, MANY_SMALL[1])]
+    if device != "cpu":
+        found += [measured for measured in LIMITED if measured.op == "solve"]
     if full:
         found += _everything(dict.fromkeys([*LAVCAP, SQUARE, *MANY_SMALL, *LARGE]), "solve")
     return _once(measured for measured in found if measured.grad != "detach")  # a plan that is constant has none
@@ -90,7 +114,7 @@ def _device_attends() -> list[Measured]:
     found += [Measured(case, BF16, tol=TOL) for case in (main, large)]
     found += [Measured(main, BF16, kind="random"), Measured(main, BF16, tol=TOL, kind="random"), Measured(main, F16)]
     found += [Measured(case, F32) for case in CUDA_CASES] + [Measured(main, F32, grad) for grad in GRADS]
-    found += [Measured(case, BF16) for case in LARGE]
+    found += [Measured(case, BF16) for case in LARGE] + [m for m in LIMITED if m.op == "attend"]
     return found + [Measured(case, BF16, grad) for case in CUDA_CASES for grad in GRADS[1:]]
 
 

@@ -149,23 +149,108 @@ def test_copies_exceed_the_cache(timing):
     assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 1
 
 
+def test_the_sanitizer_sees_every_way(monkeypatch):
+    """Tokens and costs on every path, packed tokens on chip and beyond, the loss, each with a backward."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sanitize
+
+    from otfuse.backends import triton_loss
+    from otfuse.backends._triton_paths import Path as Way
+    from otfuse.backends._triton_paths import choose, fits_on_chip
+
+    tokens, costs, aligned = set(), set(), 0
+    for B, N, M, D, dtype, grad, *_ in sanitize.SHAPES:
+        tokens.add((choose(B, N, M, D, dtype, 16 << 30), grad == "unroll"))
+        costs.add(choose(B, N, M, 0, dtype, 16 << 30))
+        aligned += triton_loss.fits(torch.empty(B, N, M, dtype=dtype, device="meta"))
+    assert {way for way, _ in tokens} == {Way.ON_CHIP, Way.STORED, Way.RECOMPUTED} and (Way.ON_CHIP, True) in tokens
+    assert {(Way.STORED, False), (Way.RECOMPUTED, True)} <= tokens
+    assert costs == {Way.ON_CHIP, Way.SMALL, Way.STORED}
+    beyond = {grad for _, N, M, D, dtype, grad, *_ in sanitize.SHAPES if not fits_on_chip(N, M, D, dtype)}
+    assert {"unroll", "implicit"} <= beyond and aligned > 5
+
+
+LIMITED = (
+    ("test_attend", "lavcap-64x64x20x768 bfloat16 forward"),
+    ("test_attend", "lavcap-64x64x20x768 bfloat16 unroll"),
+    ("test_attend", "lavcap-1024x64x20x768 bfloat16 forward"),
+    ("test_attend", "long_video-8x1024x512x768 bfloat16 forward"),
+    ("test_attend", "large-1x4096x4096x64 bfloat16 forward"),
+    ("test_attend", "large-1x4096x4096x64-10rounds bfloat16 forward"),
+    ("test_packed", "forward"),
+    ("test_solve", "many_small-1048576x4x4-20rounds float32 forward"),
+)
+
+
+def test_what_a_limit_is_set_for_is_timed_first():
+    """A run of ten minutes is cut short. After it comes one size after another at constant work, from 2 to 8192."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--device", "cuda", "--benchmark-enable", "-q"]
+    done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) > 50, done.stdout + done.stderr
+    for line, (name, case) in zip(found, LIMITED):
+        assert f"::{name}[" in line and line.endswith(f"{case}]")
+    sides = [line for line in found[len(LIMITED) :] if "equal_work" in line]
+    assert sides == found[len(LIMITED) :][:13] and "-16777216x2x2-" in sides[0] and "-1x8192x8192-" in sides[-1]
+
+
+def limit_rows():
+    """Rows of a run, by contender and suite, that every limit can be read from."""
+
+    def row(contender, size="lavcap", B=64, grad=None, suite="attend", dtype="bfloat16", rounds=50, **values):
+        facts = {"suite": suite, "size": size, "B": B, "dtype": dtype, "grad": grad, "tol": None, "rounds": rounds}
+        return {**facts, "tokens": "clustered", "contender": contender, **values}
+
+    small = {"size": "many_small", "B": 2**20, "suite": "solve", "dtype": "float32", "rounds": 20, "N": 4}
+    large = {"size": "large", "B": 1, "N": 4096, "D": 64}
+    rows = [
+        row("otfuse triton", median_ms=0.0149),
+        row("log domain, eager", times_ours=61.0),
+        row("log domain, torch.compile", times_ours=5.5),
+        row("otfuse triton, forward alone", grad="unroll", times_ours=0.3),
+        row("otfuse triton", B=1024, share_of_copy=0.61),
+        row("otfuse triton", **small, share_of_copy=0.81),
+        row("otfuse triton", **small | {"rounds": 50}, share_of_copy=0.1),
+        row("Liger-Kernel mHC", **small, times_ours=1.2),
+        row("otfuse triton", size="long_video", B=8, median_ms=1.0),
+        row("three matrix products alone", size="long_video", B=8, times_ours=0.7),
+        row("otfuse triton", size="varlen", B=256, suite="varlen", per_token_of_dense=0.95),
+    ]
+    for name, milliseconds, error in (("otfuse triton", 1.0, 1e-5), ("flash-sinkhorn", 1.5, 2e-5)):
+        rows += [
+            row(name, **large, rounds=rounds, median_ms=milliseconds * rounds + 3, error=error) for rounds in (50, 10)
+        ]
+    return rows
+
+
 def test_limits_are_read_from_the_rows(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu_summary
 
-    def row(contender, B=64, grad=None, **values):
-        facts = {"suite": "attend", "size": "lavcap", "B": B, "dtype": "bfloat16", "grad": grad, "tol": None}
-        return {**facts, "tokens": "clustered", "contender": contender, **values}
-
-    rows = [
-        row("otfuse triton", median_ms=0.0149),
-        row("log domain, eager", times_ours=59.0),
-        row("otfuse triton, forward alone", grad="unroll", times_ours=0.25),
-        row("otfuse triton", B=1024, share_of_copy=0.61),
-    ]
+    rows = limit_rows()
     lines = gpu_summary.limits(rows)
-    assert [line.split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
-    assert "14.9 (H200: <= 15)" in lines[0] and "4 (H200: <= 3.5)" in lines[2]
+    assert len(lines) == 10 and all(line.startswith("met ") for line in lines), lines
+    assert "14.9 (H200: <= 15)" in lines[0] and "3.33 (H200: <= 3.5)" in lines[3]
+    assert "1.43 (H200: <= 1.5)" in lines[7] and "(errors 2.0e-05 and 1.0e-05): 1.5 (H200: >= 1)" in lines[8]
+    worse = {"median_ms": 1.6, "times_ours": 0.2, "share_of_copy": 0.5, "per_token_of_dense": 0.8}
+    slower = [
+        row | {key: value for key, value in worse.items() if key in row and row["size"] != "large"} for row in rows
+    ]
+    slower = [
+        row | {"median_ms": 1e3} if row["contender"] == "otfuse triton" and row["rounds"] == 50 else row
+        for row in slower
+    ]
+    assert all(line.startswith("MISSED") for line in gpu_summary.limits(slower))
+
+
+def test_a_limit_without_a_row_is_said_to_be_not_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_summary
+
+    assert all(line.startswith("not measured: ") for line in gpu_summary.limits([]))
+    without_flash = [row for row in limit_rows() if row["contender"] != "flash-sinkhorn"]
+    (line,) = [line for line in gpu_summary.limits(without_flash) if line.startswith("not measured")]
+    assert "flash-sinkhorn" in line
 
 
 @pytest.mark.parametrize("grad", [None, "unroll"])

@@ -174,6 +174,48 @@ def test_gradients_of_the_fixed_point_in_float32_are_as_close_as_on_chip(on_path
             assert_accurate(*values, what=f"{path}: gradient by {name}")
 
 
+@pytest.mark.parametrize(
+    ("path", "grad"),
+    [
+        (Path.STORED, "unroll"),
+        (Path.RECOMPUTED, "unroll"),
+        (None, "unroll"),
+        (Path.STORED, "implicit"),
+        (Path.RECOMPUTED, "detach"),
+    ],
+    ids=str,
+)
+def test_gradients_by_the_weights_of_both_sides(on_path, device, path, grad):
+    """Learned weights, padding among them, of tokens and (None) of a cost; of outputs that reach them in every way."""
+    on_path(path or Path.STORED)
+    x, y = clustered_tokens(2, N, M, D, dtype=torch.float64, device=device)
+    a, b = (padded_weights(seed, 2, size).to(device) for seed, size in ((0, N), (1, M)))
+    options = {"num_iters": 30 if grad == "implicit" else 4, "grad": grad}
+
+    def by(backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, y, a, b)]
+        weighed = {"a": leaves[2], "b": leaves[3], "backend": backend, **options}
+        if path is None:
+            cost = -otfuse.similarity_matrix(*leaves[:2])
+            solved = otfuse.sinkhorn(cost, 0.2, **weighed)
+            outputs = solved.plan, torch.where(solved.f.isinf(), 0, solved.f).sin(), cost.exp()
+        else:
+            outputs = otfuse.sinkhorn_attend(*leaves[:2], 0.2, weights="barycentric", **weighed)[:2]
+        generator = torch.Generator().manual_seed(3)
+        sent = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(device) for o in outputs]
+        loss = sum((output * s).sum() for output, s in zip(outputs, sent))
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    for name, one, other in zip("xyab", by("triton"), by("torch")):
+        largest = float(other.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=1e-9 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        if name in "ab":
+            assert (one[(a if name == "a" else b) == 0] == 0).all()
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 0.001])
 def test_gradients_by_a_cost(on_path, device, epsilon):
     on_path(Path.STORED)
