@@ -33,9 +33,15 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A backend without float64 is tested in float32: what asks for float64 skips, what names no dtype takes it."""
+    """A backend without float64 is tested in float32: what asks for float64 skips, what names no dtype takes it.
+
+    On a GPU, what is parametrised over backends and names no device runs there for Triton.
+    """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     problems.use(torch.float64)
+    device = torch.device(item.config.getoption("--device"))
+    on_gpu = device.type == "cuda" and "triton" in (parameters.get("backend"), parameters.get("fused"))
+    problems.put(device if on_gpu else torch.device("cpu"))
     if parameters.get("backend") == "tpc":
         if {"float64", "torch.float64"} & {str(value) for value in parameters.values()}:
             pytest.skip("tpc: the machine has no float64")

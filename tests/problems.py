@@ -28,6 +28,22 @@ def inner() -> torch.dtype:
     return _inner[0]
 
 
+_place = [torch.device("cpu")]
+
+
+def put(device: torch.device) -> None:
+    """Where ``here`` puts tensors of tests that name no device: on a GPU those of the Triton backend (conftest.py)."""
+    _place[0] = device
+
+
+def place() -> torch.device:
+    return _place[0]
+
+
+def here(tensor: Tensor) -> Tensor:
+    return tensor.to(_place[0])
+
+
 def eps() -> float:
     return torch.finfo(inner()).eps
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import few_roundings, inner, is_interpreted, padded_weights, rand, randn, roundings, weights
+from problems import few_roundings, here, inner, is_interpreted, padded_weights, rand, randn, roundings, weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -206,8 +206,8 @@ def test_second_derivative_of_implicit_is_refused(backend, inputs, power):
 @pytest.mark.parametrize(("N", "M"), [(5, 9), (9, 5), (6, 6)])
 def test_implicit_gradients_of_potentials_agree_between_backends(backend, N, M):
     """They are defined up to a constant, which every backend puts in the same place."""
-    values = torch.randn(2, N, M, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    b = torch.rand(2, M, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    values = here(torch.randn(2, N, M, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    b = here(torch.rand(2, M, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
     b[1, -1] = 0
 
     def gradients(name, dtype=torch.float64):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import few_roundings, inner, roundings
+from problems import few_roundings, here, inner, place, roundings
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import otfuse
@@ -14,7 +14,7 @@ OPTIONS = {"epsilon": 0.3, "num_iters": 6}
 
 
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(inner())
+    return here(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(inner()))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def tokens():
 def weights():
     a = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(2), dtype=inner()) + 0.1
     a[1, 0, 2] = 0
-    return a
+    return here(a)
 
 
 def attend(x, y, backend, how="unroll", **options):
@@ -66,7 +66,7 @@ def test_vmap(tokens, weights, backend, how):
 
 def test_vmap_with_a_mask_over_another_dimension(tokens, backend):
     x, y = tokens
-    mask = torch.ones(2, 4, 3, dtype=torch.bool)  # [B, M, stack]
+    mask = torch.ones(2, 4, 3, dtype=torch.bool, device=place())  # [B, M, stack]
     mask[0, 1:, 1] = False
 
     def run(x, y, b):
@@ -99,7 +99,7 @@ def test_vmap_twice(backend):
 
 def test_vmap_of_every_public_function(tokens, backend):
     x, y = tokens
-    ends_x, ends_y = torch.tensor([0, 2, 5]).int(), torch.tensor([0, 3, 4]).int()
+    ends_x, ends_y = (here(torch.tensor(ends).int()) for ends in ([0, 2, 5], [0, 3, 4]))
 
     def run(x, y):
         similarity = otfuse.similarity_matrix(x, y)
@@ -142,7 +142,7 @@ def test_grad_of_vmap(tokens, weights, backend, how):
 def test_per_sample_gradients_of_a_model(backend):
     """The usual recipe: one set of parameters, a gradient for every item."""
     x, y = randn(4, 5, 6), randn(4, 3, 6, seed=1)
-    project = torch.nn.Linear(6, 6, dtype=inner())
+    project = torch.nn.Linear(6, 6, dtype=inner(), device=place())
     fuse = otfuse.nn.OTFusion(0.3, num_iters=6, backend=backend)
 
     def item_loss(parameters, x, y):

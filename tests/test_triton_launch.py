@@ -213,36 +213,31 @@ def test_compiled_with_cuda_graphs(device):
 
 
 @needs_cuda
-@pytest.mark.parametrize("path", [Path.STORED, Path.RECOMPUTED], ids=str)
-def test_offsets_beyond_32_bits_beyond_the_chip(monkeypatch, path):
-    """B N D of more than 2^31: the last item is the same as alone, and so is its gradient."""
-    monkeypatch.setattr(backend, "path_of", lambda *_: path)
-    B = 2**31 // (16 * 64) + 2
-    x = torch.ones(B, 16, 64, dtype=torch.bfloat16, device="cuda")
-    y = torch.ones(B, 1, 64, dtype=torch.bfloat16, device="cuda")
-    x[-1], y[-1] = (t[0] for t in clustered_tokens(1, 16, 1, 64, dtype=torch.bfloat16, device="cuda"))
-    last = [t[-1:].clone() for t in (x, y)]
-    results = []
-    for tokens in ((x, y), last):
-        leaves = [t.requires_grad_() for t in tokens]
-        out = otfuse.sinkhorn_attend(*leaves, num_iters=1, backend="triton")
-        gradients = torch.autograd.grad((out.x, out.y), leaves, (out.x.detach(), out.y.detach()))
-        results.append([t[-1:].clone() for t in (out.x, out.y, *gradients)])
-        del out, gradients
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other)
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Tokens times features of more than 2^31: the last item is the same as alone, and so is its gradient.
 
-
-@needs_cuda
-def test_offsets_beyond_32_bits_packed():
-    """Tokens times features of more than 2^31: the last item is the same as alone."""
+    One after the other: each takes some 15 GB, and tests may run side by side.
+    """
     B = 2**31 // (16 * 64) + 2
-    x = torch.ones(16 * B, 64, dtype=torch.bfloat16, device="cuda")
-    y = torch.ones(B, 64, dtype=torch.bfloat16, device="cuda")
-    last_x, last_y = (t[0] for t in clustered_tokens(1, 16, 1, 64, dtype=torch.bfloat16, device="cuda"))
-    x[-16:], y[-1:] = last_x, last_y
-    ends = torch.arange(B + 1, dtype=torch.int32, device="cuda")
-    out = otfuse.sinkhorn_attend_varlen(x, y, 16 * ends, ends, 16, 1, num_iters=2, backend="triton")
-    alone = otfuse.sinkhorn_attend_varlen(last_x, last_y, 16 * ends[:2], ends[:2], 16, 1, num_iters=2, backend="triton")
-    torch.testing.assert_close(out.x[-16:], alone.x)
-    torch.testing.assert_close(out.y[-1:], alone.y)
+    last = tuple(t.clone() for t in clustered_tokens(1, 16, 1, 64, dtype=torch.bfloat16, device="cuda"))
+    all_x, all_y = (torch.ones(B, n, 64, dtype=torch.bfloat16, device="cuda") for n in (16, 1))
+    all_x[-1:], all_y[-1:] = last
+
+    def results(x, y, solve):
+        leaves = [t.requires_grad_() for t in (x, y)]
+        out = solve(*leaves)
+        gradients = torch.autograd.grad(out, leaves, [t.detach() for t in out])
+        return [t.flatten(0, -2)[-n:].clone() for t, n in zip((*out, *gradients), (16, 1) * 2)]
+
+    def padded(x, y):
+        return otfuse.sinkhorn_attend(x, y, num_iters=1, backend="triton")[:2]
+
+    def packed(x, y):
+        ends = torch.arange(len(x) + 1, dtype=torch.int32, device="cuda")
+        tokens = x.flatten(0, 1), y.flatten(0, 1)
+        return otfuse.sinkhorn_attend_varlen(*tokens, 16 * ends, ends, 16, 1, num_iters=1, backend="triton")[:2]
+
+    for solve, path in ((padded, Path.STORED), (padded, Path.RECOMPUTED), (packed, Path.ON_CHIP)):
+        monkeypatch.setattr(backend, "path_of", lambda *_, path=path: path)
+        for one, other in zip(results(all_x, all_y, solve), results(*last, solve)):
+            torch.testing.assert_close(one, other, msg=lambda text, path=path: f"{solve.__name__} {path}: {text}")
