@@ -237,7 +237,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
         tokens = x.flatten(0, 1), y.flatten(0, 1)
         return otfuse.sinkhorn_attend_varlen(*tokens, 16 * ends, ends, 16, 1, num_iters=1, backend="triton")[:2]
 
-    for solve, path in ((padded, Path.STORED), (padded, Path.RECOMPUTED), (packed, Path.ON_CHIP)):
+    for call, path in ((padded, Path.STORED), (padded, Path.RECOMPUTED), (packed, Path.ON_CHIP)):
         monkeypatch.setattr(backend, "path_of", lambda *_, path=path: path)
-        for one, other in zip(results(all_x, all_y, solve), results(*last, solve)):
-            torch.testing.assert_close(one, other, msg=lambda text, path=path: f"{solve.__name__} {path}: {text}")
+        for one, other in zip(results(all_x, all_y, call), results(*last, call)):
+            torch.testing.assert_close(one, other, msg=lambda text, path=path: f"{path}: {text}")
