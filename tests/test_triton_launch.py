@@ -5,7 +5,9 @@ Each way through the launchers is taken forward and backward, on sizes that the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from test_ops import Calls, reads_values
 import otfuse
 from otfuse.backends import _triton_launch as launching
 from otfuse.backends import triton as backend
-from otfuse.backends import triton_loss, triton_varlen
+from otfuse.backends import triton_large, triton_loss, triton_small, triton_varlen
 from otfuse.backends._triton_paths import Path
 from otfuse.backends.triton import LaunchShape
 from otfuse.fused_ops import MODES
@@ -173,6 +175,48 @@ def test_no_value_is_read_on_any_way(monkeypatch, device, way, mode):
     to_host = [func for func, _ in calls.seen if "_to_copy" in str(func) or "to.device" in str(func)]
     assert not to_host and calls.seen
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Of what would be launched on an H100, by tensors without values."""
+    pytest.importorskip("triton")
+    seen = []
+    for module in (backend, triton_large, triton_small, triton_loss):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *_: seen.append((kernel.__name__, grid)))
+        monkeypatch.setattr(module, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(backend, "memory_of", lambda device: 80 << 30)
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(backend, "target_of", lambda device: "sm_90")
+    for cached in (backend._path, backend.device_memory, backend._blocks):
+        cached.cache_clear()
+    return seen
+
+
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 16384, 16384, 768), (1, 16384, 16384, 16), (1, 2**20, 300, 64), (8, 1, 2**20, 64), (2**22, 4, 4, 8),
+     (1, 256, 16, 2**20), (2**20, 16, 16, 0), (1, 16384, 16384, 0), (2**27, 2, 2, 0), (3, 1, 2**20, 0)],
+    ids=str,
+)  # fmt: skip
+def test_no_grid_is_larger_than_a_device_takes(grids, shape, grad):
+    """2^31 - 1 programs along the first dimension and 65535 along the others; Triton multiplies them in 32 bits, and
+    launches nothing where that overflows."""
+    B, N, M, D = shape
+    options = (*SOLVE[:2], -1.0, MODES[grad])
+    if D:
+        x, y = (torch.empty(B, side, D, dtype=torch.bfloat16, device="meta") for side in (N, M))
+        out = backend.launch_attend(x, y, None, None, True, False, *options, True, False, False)
+        sent = (*out[:2], None, None, *out[4:6])
+        backend.launch_attend_backward(x, y, None, None, True, False, *options, *out[-2:], *sent)
+    else:
+        cost = torch.empty(B, N, M, dtype=torch.bfloat16, device="meta")
+        plan, *out = backend.launch_sinkhorn(cost, None, None, *options, True)
+        backend.launch_sinkhorn_backward(cost, None, None, *options, *out[-2:], plan, *out[:2])
+    assert len(grids) > 1
+    for name, grid in grids:
+        assert 0 < math.prod(grid) < 2**31 and max(grid[1:], default=1) < 2**16, (name, grid)
 
 
 @needs_cuda
