@@ -197,7 +197,7 @@ def test_second_derivatives_of_unrolled_attention(backend, device, inputs):
 def test_second_derivative_of_implicit_is_refused(backend, inputs, power):
     cost = inputs["cost"]
     plan = otfuse.sinkhorn(cost, 0.3, grad="implicit", backend=backend).plan
-    weight = torch.linspace(0, 1, plan.shape[2], dtype=plan.dtype)
+    weight = torch.linspace(0, 1, plan.shape[2], dtype=plan.dtype, device=plan.device)
     (gradient,) = torch.autograd.grad((weight * plan**power).sum(), cost, create_graph=True)
     with pytest.raises(RuntimeError, match='grad="implicit" has first derivatives only; pass grad="unroll"'):
         torch.autograd.grad(gradient.sum(), cost)

@@ -121,7 +121,8 @@ def gradients(x, y, a, b, epsilon, how, grad, num_iters):
     loss = x.new_zeros((), dtype=torch.float64)
     outputs = (out.x, out.y, similarity) if grad == "detach" else (out.x, out.y, similarity, 20 * out.plan)
     for output in outputs:
-        loss = loss + (output.double() * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+        sent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+        loss = loss + (output.double() * sent).sum()
     if grad == "unroll":
         loss = loss + torch.where(out.f.isinf(), 0, out.f).double().sin().sum()
         loss = loss + torch.where(out.g.isinf(), 0, out.g).double().cos().sum()
