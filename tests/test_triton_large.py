@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from problems import assert_accurate, assert_solution_accurate, padded_weights, weights
+from problems import assert_accurate, assert_solution_accurate, padded_weights, randn, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
@@ -236,6 +236,24 @@ def test_gradients_by_a_cost(on_path, device, epsilon):
     actual, reference, exact = by("triton", torch.float32), by("plain", torch.float32), by("plain", torch.float64)
     for name, *values in zip(("cost", "a"), actual, reference, exact, exact):
         assert_accurate(*values, what=f"gradient by {name} at {epsilon}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 0), (2, 1, 5, 3), (2, 5, 1, 3), (1, 1, 1, 1), (0, 3, 4, 5)], ids=str)
+def test_smallest_and_empty_items_and_any_layout_beyond_the_chip(on_path, device, path, shape):
+    """No features, single tokens, no items; tokens that lie otherwise in memory; and their gradients."""
+    on_path(path)
+    B, rows, columns, features = shape
+    values = randn(0, B, features, rows + columns).to(device).mT  # features lie far apart
+
+    def by(backend):
+        leaf = values.clone().requires_grad_()
+        x, y = leaf[:, :rows], leaf[:, rows:]
+        out = otfuse.sinkhorn_attend(x, y, 0.5, weights="barycentric", num_iters=3, backend=backend)
+        return *out[:2], *out[3:5], *torch.autograd.grad(out.x.sin().sum() + out.y.cos().sum(), leaf)
+
+    for one, other in zip(by("triton"), by("torch")):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
