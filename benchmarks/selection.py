@@ -57,8 +57,10 @@ LIMITED = (
 
 def urgency(suite: str, params: dict[str, Any]) -> int:
     """0 of what limits are set for, packed tokens among it; 1 of what shows a cliff; 2 of all else."""
-    if params.get("measured") in LIMITED or (suite == "test_packed" and params.get("grad", "") is None):
-        return 0 if suite in ("test_attend", "test_sinkhorn", "test_packed") else 2
+    if suite == "test_packed" and "grad" in params:
+        return 0 if params["grad"] is None and params.get("mix", "lavcap") == "lavcap" else 2
+    if suite in ("test_attend", "test_sinkhorn") and params.get("measured") in LIMITED:
+        return 0
     return 1 if params.get("axis") == EQUAL_WORK else 2
 
 
