@@ -37,7 +37,9 @@ VARIANTS = {
         _STATE + "found_ptr first_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
     ),
     "streaming: weights": Variant("streaming", "_weights_kernel", "lines", "a_ptr b_ptr", "weights_ptr items_ptr", {}),
-    "streaming: norms": Variant("streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {"SWAPPED": False}),
+    "streaming: norms": Variant(
+        "streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {"SWAPPED": False}
+    ),
     "streaming: similarity": Variant(
         "streaming", "_matrix_kernel", "tokens", "x_ptr y_ptr",
         _STATE + "inverse_ptr items_ptr similarity_ptr", {"PRECISION": "ieee"},
