@@ -26,7 +26,7 @@ def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def batch(lengths_x: list[int], lengths_y: list[int], dtype: torch.dtype = torch.float32) -> dict:
+def batch(lengths_x: list[int], lengths_y: list[int], dtype: torch.dtype = torch.float32, D: int = D) -> dict:
     x, y = (randn(seed, sum(n), D).to(dtype) for seed, n in ((0, lengths_x), (1, lengths_y)))
     return {
         "x": x, "y": y, "cu_seqlens_x": offsets(lengths_x), "cu_seqlens_y": offsets(lengths_y),
@@ -36,8 +36,10 @@ def batch(lengths_x: list[int], lengths_y: list[int], dtype: torch.dtype = torch
 
 @pytest.mark.parametrize("grad", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_item_has_the_bits_of_its_own_dense_call(grad, dtype):
+@pytest.mark.parametrize("worth", [0, 1 << 30], ids=["as they came", "sorted"])
+def test_an_item_has_the_bits_of_its_own_dense_call(monkeypatch, grad, dtype, worth):
     """Forward and backward, of a kind with others or alone."""
+    monkeypatch.setattr(by_length, "WORTH_A_CALL", worth)
     items = batch(LENGTHS_X, LENGTHS_Y, dtype)
     options = {"epsilon": 0.2, "num_iters": 6, "tol": 1e-3, "grad": grad, "return_plan": True, "backend": "cpu"}
     x, y = (items[side].requires_grad_() for side in "xy")
@@ -55,6 +57,24 @@ def test_an_item_has_the_bits_of_its_own_dense_call(grad, dtype):
         assert out.plan[item].count_nonzero() == alone.plan.count_nonzero()
         assert torch.equal(out.marginal_error[item], alone.marginal_error[0])
         assert torch.equal(out.num_iters[item], alone.num_iters[0])
+
+
+@pytest.mark.parametrize(
+    "lengths, D, calls",
+    [([9] * 5, 8, [5]), ([9, 4] * 3, 8, [3, 3]), ([9, 4] * 3, 8000, [1] * 6), ([9, 9, 4], 8000, [2, 1])],
+    ids=["equal", "sorted", "dear to sort", "together as they came"],
+)
+def test_equal_items_are_one_call(monkeypatch, lengths, D, calls):
+    """Unless to sort them would move more than the calls are worth."""
+    seen, attend = [], by_length.sinkhorn_attend
+
+    def counted(x, *rest, **options):
+        seen.append(len(x))
+        return attend(x, *rest, **options)
+
+    monkeypatch.setattr(by_length, "sinkhorn_attend", counted)
+    otfuse.sinkhorn_attend_varlen(**batch(lengths, lengths, D=D), num_iters=1, backend="cpu")
+    assert seen == calls
 
 
 class Largest(TorchDispatchMode):
