@@ -17,8 +17,8 @@ from otfuse.functional import sinkhorn_attend
 from otfuse.problem import SinkhornAttendOutput, VarlenProblem
 
 # Bytes of tokens that it takes as long to sort as a dense call takes besides its items, some 0.2 ms. Where items are
-# sorted, equal ones are one call. 256 of up to 64 x 20 on one thread, forward: D = 768, 171 kB for each call saved, 60 ms sorted
-# and 50 as they came; D = 64, 14 kB, 15 and 32 (AMD EPYC virtual machine, 2 cores, torch 2.13.0, 2026-11-24).
+# sorted, equal ones are one call. 256 of up to 64 x 20 on one thread, forward: D = 768, 171 kB for each call saved, 60
+# ms sorted and 50 as they came; D = 64, 14 kB, 15 and 32 (AMD EPYC virtual machine, 2 cores, torch 2.13.0, 2026-11-24).
 WORTH_A_CALL = 128 * 1024
 
 
@@ -42,7 +42,7 @@ def attend_by_length(problem: VarlenProblem, backend: str) -> SinkhornAttendOutp
     lengths = [(x[1] - x[0], y[1] - y[0]) for x, y in zip(pairwise(starts_x), pairwise(starts_y))]
     order = list(range(len(lengths)))
     saved = sum(1 for one, other in pairwise(lengths) if one != other) + 1 - len(set(lengths))
-    if (problem.x.nbytes + problem.y.nbytes) < saved * WORTH_A_CALL:
+    if problem.x.nbytes + problem.y.nbytes < saved * WORTH_A_CALL:
         order.sort(key=lambda item: lengths[item])
     batches = [(NM, len(list(items))) for NM, items in groupby(lengths[item] for item in order)]
     lengths_x, lengths_y = [(count, N) for (N, _), count in batches], [(count, M) for (_, M), count in batches]

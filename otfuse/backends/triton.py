@@ -56,10 +56,9 @@ class TritonBackend(Backend):
         return reasons
 
     def unsupported(self, problem: Problem) -> list[str]:
-        reasons = []
-        if not (INTERPRETED and problem.values.device.type == "cpu"):
-            reasons += super().unsupported(problem)
-        return reasons
+        if INTERPRETED and problem.values.device.type == "cpu":
+            return []
+        return super().unsupported(problem)
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
         assert problem.cost is not None
