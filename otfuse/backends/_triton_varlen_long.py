@@ -79,7 +79,7 @@ def launch_long(
 ) -> None:  # fmt: skip
     """Into ``outputs``: x, y, the padded plan or None, f, g, marginal error, rounds, history or None."""
     x_out, y_out, plan, *solution = outputs
-    solve = Solve(items.x, items.y, None, items.a, items.b, cosine, scale, precision, LongItems(items))
+    solve = Solve(items.x, items.y, None, items.a, items.b, cosine, scale, precision, places=LongItems(items))
     if _source(items, memory):
         solve.store(items.matrix())
     solve.rounds(num_iters, tol, solution, keep)
@@ -95,7 +95,7 @@ def launch_long_backward(
     """``grads``: of x, y, padded plan, f and g; ``gradients``: room for those of x, y, a and b, None if unwanted."""
     grad_x, grad_y, grad_plan, grad_f, grad_g = grads
     adjoint = Adjoint(
-        items.x, items.y, None, items.a, items.b, cosine, scale, precision, LongItems(items),
+        items.x, items.y, None, items.a, items.b, cosine, scale, precision, places=LongItems(items),
         barycentric=barycentric, mode=mode, num_iters=num_iters, kept=kept,
         grads=(grad_x, grad_y, grad_plan, None, grad_f, grad_g),
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Solve:
 
     def __init__(
         self, x: Tensor | None, y: Tensor | None, matrix: Tensor | None, a: Tensor | None, b: Tensor | None,
-        cosine: bool, scale: float, precision: str, places: Padded | LongItems | None = None,
+        cosine: bool, scale: float, precision: str, *, places: Padded | LongItems | None = None,
     ) -> None:  # fmt: skip
         values = x if matrix is None else matrix
         assert values is not None
@@ -131,7 +131,11 @@ class Solve:
     def blocks(self) -> Blocks:
         return blocks_of("tokens" if self.matrix is None else "matrix", self.tokens)
 
-    def launch(
+    def launch(self, kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], constants: Any) -> None:
+        if 0 not in programs:  # tokens without features
+            launch(kernel, programs, arguments, constants, self.device)
+
+    def launch_blocks(
         self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], *others: int,
         rows: int = 0, columns: int = 0, strip: int = 0,
     ) -> None:  # fmt: skip
@@ -140,23 +144,22 @@ class Solve:
         ``strip``: rows of the strips of which a program gathers what they have found.
         """
         programs, table = self.places.blocks(rows, columns, strip or rows, constants.get("SWAPPED", False))
-        if 0 not in (programs, *others):  # tokens without features
-            launch(kernel, (programs, *others), (*arguments, table), constants, self.device)
+        self.launch(kernel, (programs, *others), (*arguments, table), constants)
 
     def launch_lines(self, kernel: Any, arguments: tuple[Any, ...], strip: int, **options: Any) -> None:
         """With programs for blocks of LINES rows and columns."""
         constants = {**options, "BLOCK": LINES, "num_warps": 4}
-        self.launch(kernel, arguments, constants, rows=LINES, columns=LINES, strip=strip)
+        self.launch_blocks(kernel, arguments, constants, rows=LINES, columns=LINES, strip=strip)
 
     def _weigh(self) -> None:
         passed = self.a, self.b, self.weights, self.items, self.N, self.M
-        self.launch(_kernels()._weights_kernel, passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
+        self.launch_blocks(_kernels()._weights_kernel, passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
         if self.inverse is None:
             return
         for tokens, size, other, swapped in ((self.x, self.N, self.M, False), (self.y, self.M, self.N, True)):
             constants = {"SWAPPED": swapped, "BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
             arguments = tokens, self.weights, self.inverse, size, other, self.D
-            self.launch(_kernels()._norms_kernel, arguments, constants, rows=16)
+            self.launch_blocks(_kernels()._norms_kernel, arguments, constants, rows=16)
 
     def source(self) -> tuple[Any, ...]:
         """The first arguments of every kernel that looks at the matrix: tokens or the matrix, and inverse norms."""
@@ -179,7 +182,7 @@ class Solve:
         self.launch_tiles(_kernels()._matrix_kernel, arguments, constants)
 
     def launch_tiles(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        self.launch(kernel, arguments, constants, -(-self.M // constants["BLOCK_M"]), rows=constants["BLOCK_N"])
+        self.launch_blocks(kernel, arguments, constants, -(-self.M // constants["BLOCK_M"]), rows=constants["BLOCK_N"])
 
     def store(self, similarity: Tensor) -> None:
         """From here on the similarity is streamed from here, not made of the tokens."""
@@ -208,7 +211,7 @@ class Solve:
             *self.source(), self.exponent, self.scaling, self.new_u, self.part, self.found, self.stopped,
             self.N, self.M, self.D, self.M, self.scale, t,
         )  # fmt: skip
-        self.launch(_kernels()._strip_kernel, arguments, self.constants(**phase), rows=self.strip_rows)
+        self.launch_blocks(_kernels()._strip_kernel, arguments, self.constants(**phase), rows=self.strip_rows)
 
     def gather(self, t: int, num_iters: int, tol: float, FIRST: bool, HISTORY: int) -> None:
         arguments = (
@@ -252,7 +255,7 @@ class Solve:
         """With programs for blocks of rows and, of each, of features."""
         width = ATTENDED[self.tokens.itemsize]
         programs = -(-self.D // width)
-        self.launch(kernel, arguments, with_features(constants, width), programs, rows=constants["BLOCK_N"])
+        self.launch_blocks(kernel, arguments, with_features(constants, width), programs, rows=constants["BLOCK_N"])
 
 
 def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
@@ -298,9 +301,9 @@ class Adjoint(Solve):
     """The backward of a batch: gradients that come in, and the state of the adjoint rounds."""
 
     def __init__(self, *problem: Any, barycentric: bool, mode: int, num_iters: int, kept: tuple[Tensor, Tensor],
-                 grads: Sequence[Tensor | None]) -> None:  # fmt: skip
+                 grads: Sequence[Tensor | None], places: Padded | LongItems | None = None) -> None:  # fmt: skip
         """``problem``: as for Solve; ``grads``: of x, y, plan, similarity, f, g, None where there is none."""
-        super().__init__(*problem)
+        super().__init__(*problem, places=places)
         self.barycentric, self.mode, self.num_iters = barycentric, mode, num_iters
         self.kept = kept  # rounds and history
         self.grad_x, self.grad_y, self.grad_plan, self.grad_similarity, self.grad_f, self.grad_g = grads
@@ -334,7 +337,7 @@ class Adjoint(Solve):
             *self.tokens_and_gradients(), *self.kept, self.first, rows, part,
             N, M, self.D, M, self.rows, self.scale, self.num_iters,
         )  # fmt: skip
-        self.launch(_backward()._start_kernel, arguments, constants, rows=strip)
+        self.launch_blocks(_backward()._start_kernel, arguments, constants, rows=strip)
         arguments = (
             self.weights, self.grad_f, self.grad_g, self.kept[0], rows, part, start, self.attended, sums, self.pull,
             self.total, N, M, P, self.rows, strips, self.scale, self.num_iters,
@@ -351,7 +354,7 @@ class Adjoint(Solve):
             self.N, self.M, self.D, self.M, self.scale, self.num_iters, t,
         )  # fmt: skip
         constants = self.constants(PHASE=phase)
-        self.launch(_backward()._adjoint_strip_kernel, arguments, constants, rows=self.strip_rows)
+        self.launch_blocks(_backward()._adjoint_strip_kernel, arguments, constants, rows=self.strip_rows)
 
     def unroll(self, start: Tensor) -> None:
         for t in reversed(range(self.num_iters)):
@@ -362,7 +365,7 @@ class Adjoint(Solve):
                     self.N, self.M, self.P, self.num_iters, t,
                 )  # fmt: skip
                 constants, of = {"BLOCK": LINES, "num_warps": 4}, {"columns": LINES, "strip": self.strip_rows}
-                self.launch(_backward()._adjoint_gather_kernel, arguments, constants, **of)
+                self.launch_blocks(_backward()._adjoint_gather_kernel, arguments, constants, **of)
 
     def implicit(self, start: Tensor, sums: Any) -> None:
         numbers = self.new(self.B, 4)
@@ -374,7 +377,7 @@ class Adjoint(Solve):
         for step in range(1 + num_steps(self.M, self.num_iters)):
             self.adjoint_strip(STEP if step else START, 0, start, sums, direction, done)
             constants = {"FIRST": step == 0, "BLOCK": LINES, "num_warps": 4}
-            self.launch(_backward()._gradients_kernel, arguments, constants, strip=self.strip_rows)
+            self.launch_blocks(_backward()._gradients_kernel, arguments, constants, strip=self.strip_rows)
         self.adjoint_strip(END, 0, start, sums, self.total, done)
 
     def matrix_gradient(self, grad: Tensor) -> None:
@@ -412,7 +415,7 @@ class Adjoint(Solve):
             state = self.weights, self.items, self.kept[1], self.total, self.attended
             arguments = *state, grad, size, other, self.num_iters
             constants = {"SWAPPED": swapped, "MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
-            self.launch(_backward()._weight_gradient_kernel, arguments, constants)
+            self.launch_blocks(_backward()._weight_gradient_kernel, arguments, constants)
 
 
 def num_steps(M: int, num_iters: int) -> int:
