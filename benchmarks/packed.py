@@ -25,8 +25,9 @@ SHORTER = 5  # one clip in so many is shorter than the others, by sixteenths tha
 # What lengths a batch has, of both sides alike: ``lavcap`` is four clips in five of ten seconds, and the fifth shorter
 # by sixteenths. AudioCaps cuts ten seconds out of a longer video, so only what begins within ten seconds of its end is
 # shorter: one of the six clips of its test split that we have. ``uniform``: every length as often. ``one long``: an
-# item of the longest among clips like those, which have a sixteenth and a 25th of its tokens.
-MIXES = "full", "lavcap", "uniform", "one long"
+# item of the longest among clips like those, which have a sixteenth and a 25th of its tokens. ``thousandfold``: one
+# among items of a token on either side, and of a few.
+MIXES = "full", "lavcap", "uniform", "one long", "thousandfold"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Packed:
             return [longest] * B
         if self.mix == "uniform":
             return [_part(longest, 1 + 37 * item % longest[0], longest[0]) for item in range(B)]
+        if self.mix == "thousandfold":
+            return [longest] + [(1, 1) if item % 2 else (1 + item % 16, 1 + item % 7) for item in range(B - 1)]
         clip, first = (_part(longest, 1, 16)[0], _part(longest, 1, 25)[1]), [longest]
         if self.mix == "lavcap":
             clip, first = longest, []

@@ -13,16 +13,17 @@ from race import Entered, begin, enter, rows, take_turns
 from timing import Contender
 
 MAIN = replace(lavcap(256), name="varlen")
-ONE_LONG = Case("varlen", 257, 1024, 512, 768)
+WITH_LONG = {"one long": Case("varlen", 257, 1024, 512, 768), "thousandfold": Case("varlen", 128, 1024, 512, 64)}
 GRADS = (None, "unroll", "implicit", "detach")
 RUNS = [("lavcap", grad) for grad in GRADS] + [(mix, None) for mix in MIXES if mix != "lavcap"]
+RUNS += [("thousandfold", "unroll")]
 
 
 @pytest.mark.parametrize("mix, grad", RUNS, ids=lambda value: value or "forward")
 def test_packed(request, results, device, timed, limits, benchmark, mix, grad) -> None:
     """Right first, then in turns; ``per_token_of_dense`` is its rate of valid tokens over the padded operator's."""
     options = request.config.option
-    packed = Packed(ONE_LONG if mix == "one long" else MAIN, grad=grad, mix=mix)
+    packed = Packed(WITH_LONG.get(mix, MAIN), grad=grad, mix=mix)
     if device.type == "cpu":  # the interpreter of Triton, too, cuts bfloat16 off where a GPU rounds
         packed = replace(packed, dtype=torch.float32)
     case = str(packed)
@@ -42,7 +43,7 @@ def test_packed(request, results, device, timed, limits, benchmark, mix, grad) -
     if not timed:
         benchmark.pedantic(contender.call, args=inputs, rounds=1)
         return
-    if mix != "one long":  # as many full items are two hundred times as many entries
+    if mix not in WITH_LONG:  # as many full items are a hundred times as many entries
         full = Contender(
             f"otfuse {backend}, dense", dense(packed, backend), answers=False,
             prepare=lambda *one: filled(packed, *one),
@@ -51,7 +52,7 @@ def test_packed(request, results, device, timed, limits, benchmark, mix, grad) -
     take_turns(benchmark, [one.turn for one in entered], options.seconds, options.dry_run)
     limits.again()
     found: list[dict[str, Any]] = rows(case, packed, entered, packed.case.T)
-    if mix != "one long":
+    if mix not in WITH_LONG:
         found[0]["per_token_of_dense"] = packed.valid * found[2]["median_ms"] / found[0]["median_ms"]
     results.add([one | {"suite": "varlen"} for one in found], limits)
 
@@ -75,5 +76,7 @@ def test_mixes_of_lengths() -> None:
     assert valid["full"] == 1 and 0.9 < valid["lavcap"] < 0.92 and 0.48 < valid["uniform"] < 0.51
     counts = [n for n, _ in Packed(MAIN, mix="uniform").lengths]
     assert {counts.count(length) for length in range(1, 65)} == {4}
-    first, *others = Packed(ONE_LONG, mix="one long").lengths
+    first, *others = Packed(WITH_LONG["one long"], mix="one long").lengths
     assert first == (1024, 512) and others == Packed(MAIN).lengths
+    first, *others = Packed(WITH_LONG["thousandfold"], mix="thousandfold").lengths
+    assert first == (1024, 512) and others.count((1, 1)) > 60 and max(others) <= (16, 7)
