@@ -16,31 +16,48 @@ from peers import with_gradient
 from torch import Tensor
 
 import otfuse
+from otfuse.problem import VarlenProblem
 from otfuse.testing import clustered_tokens, specified_attend
+from otfuse.varlen import attend_padded
 
-SHORTER = 6  # one clip in so many is shorter than the others, by sixteenths that follow one another without order
+SHORTER = 5  # one clip in so many is shorter than the others, by sixteenths that follow one another without order
+
+# What lengths a batch has, of both sides alike: ``lavcap`` is four clips in five of ten seconds, and the fifth shorter
+# by sixteenths. AudioCaps cuts ten seconds out of a longer video, so only what begins within ten seconds of its end is
+# shorter: one of the six clips of its test split that we have. ``uniform``: every length as often. ``one long``: an
+# item of the longest among clips like those, which have a sixteenth and a 25th of its tokens. ``thousandfold``: one
+# among items of a token on either side, and of a few.
+MIXES = "full", "lavcap", "uniform", "one long", "thousandfold"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """``case`` has the longest item; five clips in six are as long, and the sixth is shorter on both sides alike.
-
-    That is how clips of ten seconds come, few of which end before; which share they have is an assumption.
-    """
+    """``case`` has the longest item; ``mix``, of MIXES, says what the others are."""
 
     case: Case
     dtype: torch.dtype = torch.bfloat16
     grad: str | None = None
+    mix: str = "lavcap"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"varlen {self.case} {dtype} {self.grad or 'forward'}"
+        return f"varlen {self.mix} {self.case} {dtype} {self.grad or 'forward'}"
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
         """Of both sides of each item."""
-        sixteenths = [16 if item % SHORTER else 1 + 7 * (item // SHORTER) % 16 for item in range(self.case.B)]
-        return [tuple(max(1, side * part // 16) for side in (self.case.N, self.case.M)) for part in sixteenths]
+        B, longest = self.case.B, (self.case.N, self.case.M)
+        if self.mix == "full":
+            return [longest] * B
+        if self.mix == "uniform":
+            return [_part(longest, 1 + 37 * item % longest[0], longest[0]) for item in range(B)]
+        if self.mix == "thousandfold":
+            return [longest] + [(1, 1) if item % 2 else (1 + item % 16, 1 + item % 7) for item in range(B - 1)]
+        clip, first = (_part(longest, 1, 16)[0], _part(longest, 1, 25)[1]), [longest]
+        if self.mix == "lavcap":
+            clip, first = longest, []
+        sixteenths = (16 if item % SHORTER else 1 + 7 * (item // SHORTER) % 16 for item in range(B - len(first)))
+        return first + [_part(clip, part, 16) for part in sixteenths]
 
     @property
     def tokens(self) -> int:
@@ -70,11 +87,16 @@ class Packed:
         return {
             "op": "attend", "size": case.name, "B": case.B, "N": case.N, "M": case.M, "D": case.D,
             "epsilon": case.epsilon, "dtype": str(self.dtype).removeprefix("torch."), "grad": self.grad, "tol": None,
-            "tokens": "clustered", "valid": round(self.valid, 4),
+            "tokens": "clustered", "lengths": self.mix, "valid": round(self.valid, 4),
         }  # fmt: skip
 
     def shrunk(self) -> Packed:
         return replace(self, case=replace(self.case, B=7, N=12, M=9, D=24, T=3))
+
+
+def _part(longest: tuple[int, int], part: int, of: int) -> tuple[int, int]:
+    N, M = longest
+    return max(1, N * part // of), max(1, M * part // of)
 
 
 def inputs_of(packed: Packed, device: torch.device) -> tuple[Tensor, ...]:
@@ -100,6 +122,24 @@ def ours(packed: Packed, backend: str) -> Any:
                 x, y, ends_x, ends_y, case.N, case.M, case.epsilon, num_iters=case.T,
                 grad=packed.grad or "unroll", backend=backend,
             )  # fmt: skip
+            return out.x, out.y
+
+        return with_gradient(attend)(x, y, *sent) if packed.grad else attend(x, y)
+
+    return call
+
+
+def padded(packed: Packed, backend: str) -> Any:
+    """The same through a batch that is padded to the longest."""
+    case = packed.case
+
+    def call(x: Tensor, y: Tensor, ends_x: Tensor, ends_y: Tensor, *sent: Tensor) -> Any:
+        def attend(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            problem = VarlenProblem(
+                x, y, None, None, None, case.epsilon, case.T, None, packed.grad or "unroll", "cosine", "plan", False,
+                cu_seqlens_x=ends_x, cu_seqlens_y=ends_y, max_seqlen_x=case.N, max_seqlen_y=case.M,
+            )  # fmt: skip
+            out = attend_padded(problem, backend)
             return out.x, out.y
 
         return with_gradient(attend)(x, y, *sent) if packed.grad else attend(x, y)

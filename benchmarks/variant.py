@@ -16,6 +16,7 @@ class Variant(NamedTuple):
     solution: str  # those in the dtype of the solve
     constants: dict[str, Any]
     everywhere: bool = True  # or in a few dtypes and classes only
+    integers: str = ""  # pointers to integers that only this way has
 
 
 class Family(NamedTuple):

@@ -37,7 +37,9 @@ VARIANTS = {
         _STATE + "found_ptr first_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
     ),
     "streaming: weights": Variant("streaming", "_weights_kernel", "lines", "a_ptr b_ptr", "weights_ptr items_ptr", {}),
-    "streaming: norms": Variant("streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {}),
+    "streaming: norms": Variant(
+        "streaming", "_norms_kernel", "norms", "x_ptr", "weights_ptr inverse_ptr", {"SWAPPED": False}
+    ),
     "streaming: similarity": Variant(
         "streaming", "_matrix_kernel", "tokens", "x_ptr y_ptr",
         _STATE + "inverse_ptr items_ptr similarity_ptr", {"PRECISION": "ieee"},
@@ -47,11 +49,11 @@ VARIANTS = {
     ),
     "streaming: attend, tokens": Variant(
         "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "inverse_ptr items_ptr",
-        {"BARYCENTRIC": True, "PRECISION": "ieee"},
+        {"SWAPPED": False, "BARYCENTRIC": True, "PRECISION": "ieee"},
     ),
     "streaming: attend, similarity": Variant(
         "streaming", "_attend_kernel", "attend", "x_ptr y_ptr out_ptr", _STATE + "matrix_ptr items_ptr",
-        {"BARYCENTRIC": True, "PRECISION": "ieee"},
+        {"SWAPPED": False, "BARYCENTRIC": True, "PRECISION": "ieee"},
     ),
     "streaming, backward: start": Variant(
         "streaming_backward", "_start_kernel", "gradient", _SENT, _MEETING + "matrix_ptr rows_ptr part_ptr", _UNROLLED
@@ -99,7 +101,7 @@ VARIANTS = {
     ),
     "streaming, backward: weights": Variant(
         "streaming_backward", "_weight_gradient_kernel", "lines", "grad_ptr",
-        "weights_ptr items_ptr history_ptr total_ptr attended_ptr", {"MODE": 1},
+        "weights_ptr items_ptr history_ptr total_ptr attended_ptr", {"SWAPPED": False, "MODE": 1},
     ),
 }  # fmt: skip
 
@@ -132,8 +134,8 @@ def _blocks(variant: Variant, dtype: str) -> dict[str, int]:
 
 def sources(name: str) -> tuple[str, ...]:
     if VARIANTS[name].module == "streaming":
-        return "rounds", "attend", "streaming"
-    return "rounds", "attend", "attend_backward", "streaming", "streaming_backward"
+        return "rounds", "attend", "places", "streaming"
+    return "rounds", "attend", "attend_backward", "places", "streaming", "streaming_backward"
 
 
 FAMILY = Family(VARIANTS, tiles, blocks, lambda name: VARIANTS[name].module == "streaming", sources)

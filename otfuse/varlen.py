@@ -46,7 +46,8 @@ def sinkhorn_attend_varlen(
 ) -> SinkhornAttendOutput:
     """:func:`otfuse.sinkhorn_attend` for items of different lengths, packed without padding.
 
-    The ``triton`` backend works on the packed tokens; the others pad.
+    ``triton`` works on the packed tokens, ``cpu`` on dense batches of equal lengths; ``torch`` and ``tpc`` pad,
+    and so does ``cpu`` where it may not look at the offsets: under ``torch.compile``, or ``vmap`` over them.
 
     Item ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
 

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import otfuse
 from otfuse.backends import _triton_varlen_long as long_launches
 from otfuse.backends import triton as dense
+from otfuse.backends import triton_large as large
 from otfuse.backends import triton_varlen as packed
-from otfuse.backends.base import BackendError
+from otfuse.backends._triton_paths import Path
 from otfuse.backends.triton_varlen import size_classes
 from otfuse.fused_ops import MODES
 
@@ -51,9 +52,17 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
         seen.append((kernel.fn.__name__, grid, constants))
         launch(kernel, grid, arguments, constants, device)
 
-    monkeypatch.setattr(packed, "launch", record)
-    monkeypatch.setattr(long_launches, "launch", record)
+    for module in (packed, long_launches, large):
+        monkeypatch.setattr(module, "launch", record)
     return seen
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, device):
+    """Items beyond 16 x 16 fit no tile; their strips and blocks are so small that each has several."""
+    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 16, 4, 2)) for key in large.BLOCKS})
+    monkeypatch.setattr(large, "LINES", 16 if device.type == "cpu" else large.LINES)
 
 
 MANY = 100_000  # items, more than any device solves at once
@@ -121,6 +130,24 @@ def test_what_no_item_can_need_is_not_launched(device, launches, monkeypatch):
     assert tiles == [(128, 64), (64, 32)] and launches[-1][0] == "_varlen_matrix_kernel"
 
 
+def test_a_long_item_alone_is_what_it_is_in_a_batch(small_tiles, device):
+    """Bitwise, forward and backward, wherever its blocks stand among the others'."""
+    lengths_x, lengths_y = [40, 3, 17, 21], [9, 20, 33, 2]
+    items = batch(lengths_x, lengths_y, device, dtype=torch.bfloat16)
+    items["x"].requires_grad_()
+    options = {"num_iters": 2, "tol": 1e-3, "backend": "triton"}
+    out = otfuse.sinkhorn_attend_varlen(**items, **options)
+    (gradient,) = torch.autograd.grad(out.x.double().square().sum(), items["x"])
+    own_x, own_y = slice(43, 60), slice(29, 62)
+    x = items["x"].detach()[own_x].clone().requires_grad_()
+    ends = offsets([17], device), offsets([33], device)
+    alone = otfuse.sinkhorn_attend_varlen(x, items["y"][own_y], *ends, 40, 33, **options)
+    for one, other in zip((out.x[own_x], out.y[own_y], out.f[own_x], out.g[own_y]), (*alone[:2], *alone[3:5])):
+        assert torch.equal(one, other)
+    assert torch.equal(out.num_iters[2:3], alone.num_iters)
+    assert torch.equal(gradient[own_x], torch.autograd.grad(alone.x.double().square().sum(), x)[0])
+
+
 @pytest.mark.parametrize("processors", [0, 132])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_item_alone_is_what_it_is_in_a_batch(monkeypatch, device, dtype, processors):
@@ -165,18 +192,24 @@ def run(items: dict, a: Tensor, b: Tensor, backend: str, **options: Any) -> tupl
 
 
 @pytest.mark.parametrize(
-    "options",
+    "path, options",
     [
-        {"grad": "unroll", "weights": "plan", "similarity": "cosine", "num_iters": 6},
-        {"grad": "unroll", "weights": "barycentric", "similarity": "dot", "num_iters": 6, "tol": 1e-2},
-        {"grad": "implicit", "weights": "barycentric", "similarity": "cosine", "num_iters": 25},
-        {"grad": "detach", "weights": "barycentric", "similarity": "cosine", "num_iters": 4, "tol": 1e-1},
+        (Path.STORED, {"grad": "unroll", "weights": "plan", "similarity": "cosine", "num_iters": 4}),
+        (
+            Path.RECOMPUTED,
+            {"grad": "unroll", "weights": "barycentric", "similarity": "dot", "num_iters": 4, "tol": 1e-2},
+        ),
+        (Path.STORED, {"grad": "implicit", "weights": "barycentric", "similarity": "cosine", "num_iters": 12}),
+        (Path.STORED, {"grad": "detach", "weights": "barycentric", "similarity": "cosine", "num_iters": 4, "tol": 0.1}),
+        (Path.RECOMPUTED, {"grad": "detach", "weights": "plan", "similarity": "cosine", "num_iters": 2}),
     ],
-    ids=lambda options: f"{options['grad']}-{options['weights']}-{options['similarity']}",
+    ids=lambda value: str(value) if isinstance(value, Path) else "-".join(map(str, list(value.values())[:3])),
 )
-def test_items_that_fit_no_tile(monkeypatch, device, options):
+def test_items_that_fit_no_tile(monkeypatch, small_tiles, device, options, path):
     """Everything they return and every gradient is that of the padded way, at a size that the interpreter stands."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(long_launches, "choose", lambda *_: path)
+    # The steps of conjugate gradients that are launched: these items are done after a dozen.
+    monkeypatch.setattr(large, "num_steps", lambda *_: 16)
     items = batch(LENGTHS_X, LENGTHS_Y, device, dtype=torch.float64)
     a, b = (padded_weights(seed, 1, sum(n))[0].to(items["x"]) for seed, n in ((3, LENGTHS_X), (4, LENGTHS_Y)))
     (expected, expected_gradients), (out, gradients) = (
@@ -186,7 +219,7 @@ def test_items_that_fit_no_tile(monkeypatch, device, options):
     atol = (20 if options["similarity"] == "dot" else 2) / 0.5 * few_roundings()
     for name, one, other in zip(out._fields, out, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-    # Coefficients of up to four for some hundred entries, over epsilon; 25 rounds are enough for the fixed point.
+    # Coefficients of up to four for some hundred entries, over epsilon; the plan is at its fixed point after 12 rounds.
     for name, one, other in zip("xyab", gradients, expected_gradients):
         torch.testing.assert_close(one, other, rtol=0, atol=1e4 * atol, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -211,8 +244,7 @@ def test_items_that_fit_no_tile_in_every_dtype(monkeypatch, device, dtype, epsil
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_nan_stays_in_an_item_that_fits_no_tile(monkeypatch, device, bad):
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+def test_nan_stays_in_an_item_that_fits_no_tile(small_tiles, device, bad):
     items = batch([20, 18, 3], [18, 20, 4], device, dtype=torch.float32)
     items["x"][2, 1] = float(bad)
     items["y"].requires_grad_()
@@ -231,9 +263,12 @@ def test_lengths_that_differ_by_a_factor_of_a_thousand(monkeypatch, device, laun
     lengths_x, lengths_y = [1, 3, 1000, 0, 2, 1], [1, 2, 40, 2, 0, 1]
     items = batch(lengths_x, lengths_y, device, D=2, dtype=torch.float32)
     out = otfuse.sinkhorn_attend_varlen(**items, num_iters=3, backend="triton")
-    assert [name for name, _, _ in launches] == [
-        *["_varlen_fwd_kernel"] * 3, "_varlen_products_kernel", "_varlen_rounds_kernel", "_varlen_attend_kernel"
-    ]  # fmt: skip
+    names = [name for name, _, _ in launches]
+    assert names[:3] == ["_varlen_fwd_kernel"] * 3 and "_varlen_fwd_kernel" not in names[3:]
+    assert names.count("_strip_kernel") == 1 + 3 + 1 and names.count("_gather_kernel") == 1 + 3
+    strips = {(grid[0], constants["BLOCK_N"]) for name, grid, constants in launches if name == "_strip_kernel"}
+    ((programs, rows),) = strips
+    assert 1000 / rows <= programs <= 1007 / rows + len(lengths_x), "no more than these tokens can need"
     for item, (x, y, x_out, y_out) in enumerate(
         zip(
             *(
@@ -294,15 +329,73 @@ def test_matrices_of_long_items_take_no_room_for_short_ones(monkeypatch, device)
     assert largest_made(items, MODES["unroll"], 1) == 4 * sum(lengths) * 40 < 4 * 20 * 40 * 40 / 10
 
 
-def test_matrices_beyond_the_memory_are_refused_by_name(monkeypatch, device):
-    """And passed on by "auto": the padded way may have room, since it is another way."""
-    items = batch([3, 300], [300, 2], device, D=2, dtype=torch.float32)
-    monkeypatch.setattr(dense, "memory_of", lambda device: 2 * 3 * 303 * 300 * 4)
-    assert otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x.isfinite().all()
-    monkeypatch.setattr(dense, "memory_of", lambda device: 2 * 3 * 303 * 300 * 4 - 1)
-    with pytest.raises(BackendError, match=r"N=300 M=300 D=2.*303 tokens of x against up to 300 of y take"):
-        otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton")
-    assert otfuse.sinkhorn_attend_varlen(**items, num_iters=1).x.isfinite().all()
+def test_matrices_beyond_the_memory_are_not_made(monkeypatch, small_tiles, device):
+    """Where they would take more than a quarter of it, tiles are made anew from the tokens in every round."""
+    items = batch([3, 270], [70, 2], device, D=17, dtype=torch.float32)
+    room = 4 * 273 * 70
+    monkeypatch.setattr(packed, "memory_of", lambda device: 4 * room)
+    assert largest_made(items, MODES["detach"], 1) == room
+    stored = otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x
+    monkeypatch.setattr(packed, "memory_of", lambda device: 4 * room - 1)
+    assert largest_made(items, MODES["detach"], 1) < room / 2
+    made_anew = otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x
+    torch.testing.assert_close(made_anew, stored, rtol=0, atol=64 * torch.finfo(torch.float32).eps / 0.1)
+
+
+def blocks_as_written(items: dict, most: tuple[int, int], rows: int, columns: int, strip: int) -> list[list[int]]:
+    """The table of the blocks of items longer than ``most``, by its definition."""
+    ends = items["cu_seqlens_x"].tolist(), items["cu_seqlens_y"].tolist()
+    table, strips = [], 0
+    for item, (start_x, end_x, start_y, end_y) in enumerate(zip(ends[0], ends[0][1:], ends[1], ends[1][1:])):
+        N, M = end_x - start_x, end_y - start_y
+        if (most[0] >= N and most[1] >= M) or items["max_seqlen_x"] < N or items["max_seqlen_y"] < M:
+            continue
+        count = (-(-N // rows) if rows else 0) + (-(-M // columns) if columns else 0) + (not rows + columns)
+        P = -(-N // strip)
+        table += [[item, block, start_x, N, start_y, M, strips, P] for block in range(count)]
+        strips += P
+    return table
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 0), (0, 32), (8, 8), (0, 0)])
+@pytest.mark.parametrize("longest", [(90, 60), (50, 60)])
+def test_table_of_blocks(monkeypatch, device, rows, columns, longest):
+    """Of more items than are looked at together: empty, short, long on one side, longer than announced."""
+    monkeypatch.setitem(long_launches.MADE, "ITEMS", 4)
+    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    lengths_x, lengths_y = [0, 20, 3, 90, 16, 0, 17, 50, 1], [0, 3, 20, 60, 16, 40, 0, 5, 17]
+    items = batch(lengths_x, lengths_y, device, D=2, dtype=torch.float32)
+    items["max_seqlen_x"], items["max_seqlen_y"] = longest
+    tokens = items["x"], items["y"], None, None, items["cu_seqlens_x"], items["cu_seqlens_y"]
+    long_items = long_launches.LongItems(packed._packed(*tokens, *longest))
+    for swapped in (False, True):
+        programs, table = long_items.blocks(rows, columns, 16, swapped)
+        expected = blocks_as_written(items, (16, 16), rows, columns, 16)
+        if swapped:
+            sides = {of: items[f"{of}_{side}"] for of in ("cu_seqlens", "max_seqlen") for side in "xy"}
+            turned = {f"{of}_{side}": items[f"{of}_{other}"] for of in sides for side, other in ("xy", "yx")}
+            expected = blocks_as_written(turned, (16, 16), rows, columns, 16)
+        assert table.shape == (programs, long_launches.TABLE) and programs >= len(expected)
+        assert table[: len(expected)].tolist() == expected and (table[len(expected) :, 0] == -1).all()
+
+
+def test_there_are_programs_enough(monkeypatch):
+    """For whatever lengths have these totals and these longest; and not many more for one long item among clips."""
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(packed, "multiprocessors", lambda device: 132)
+    for _ in range(300):
+        B = int(torch.randint(1, 9, (1,), generator=generator))
+        longest = torch.randint(1, 700, (2, 1), generator=generator)
+        lengths = (torch.rand(2, B, generator=generator) ** 3 * (longest + 1)).int().tolist()
+        items = batch(*lengths, torch.device("cpu"), D=1, dtype=torch.float32)
+        tokens = items["x"], items["y"], None, None, items["cu_seqlens_x"], items["cu_seqlens_y"]
+        long_items = long_launches.LongItems(packed._packed(*tokens, *map(max, lengths)))
+        for rows, columns in ((16, 0), (0, 64), (256, 256), (0, 0)):
+            needed = blocks_as_written(items, long_items.items.on_chip(), rows, columns, 16)
+            assert len(needed) <= long_items.num_blocks(rows, columns, False)
+    clips = batch([1024, *[64] * 256], [512, *[20] * 256], torch.device("cpu"), D=1, dtype=torch.float32)
+    tokens = clips["x"], clips["y"], None, None, clips["cu_seqlens_x"], clips["cu_seqlens_y"]
+    assert long_launches.LongItems(packed._packed(*tokens, 1024, 512)).num_blocks(16, 0, False) < 1300
 
 
 def test_offsets_that_are_out_of_order_do_not_lead_out_of_the_tokens(device):

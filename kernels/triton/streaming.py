@@ -4,6 +4,9 @@ A program owns a strip: BLOCK_N rows of an item, all its columns, in steps of BL
 its scalings u, and then, over the same strip, adds its part to the sums over columns; what the strips of an item have
 found is gathered by a launch between two rounds (docs/performance.md#beyond-the-chip counts bytes and launches).
 
+Items are padded, or packed: then a table says what a program does (``places.py``), and N and M are those of the longest
+item until the item's own are read there.
+
 There is one form for every range. A scaling is a number times a power of two that is kept apart,
 ``K = exp2(L + e_u + e_v)`` with whole numbers e: to move a factor between u and e_u rounds nothing. The first exponents
 bring the largest entry of every row, then of every column, near one (docs/numerics.md).
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
+from .places import block_of, is_idle, line_block, place, row_block, strips, wide
 from .rounds import (
     LN2,
     SMALLEST32,
@@ -40,62 +44,75 @@ HISTORY_ALL = tl.constexpr(2)
 
 
 @triton.jit
-def sum_weights(ptr, item, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def sum_weights(ptr, begin, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of an item's weights as passed; a negative one makes it NaN."""
     total = tl.zeros((BLOCK,), DTYPE)
     for start in range(0, size, BLOCK):
-        total += load_raw(ptr, item, start + tl.arange(0, BLOCK), size, DTYPE)
+        total += load_raw(ptr, begin, start + tl.arange(0, BLOCK), size, DTYPE)
     return tl.sum(total)
 
 
 @triton.jit
-def load_raw(ptr, item, index, size, DTYPE: tl.constexpr):
+def load_raw(ptr, begin, index, size, DTYPE: tl.constexpr):
     """Weights [BLOCK] as passed, zero beyond the item. None is one each; a mask is one or zero."""
     inside = index < size
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
-        weights = tl.load(ptr + item * size + index, mask=inside, other=0).to(DTYPE)
+        weights = tl.load(ptr + begin + index, mask=inside, other=0).to(DTYPE)
         weights = tl.where(weights < 0, float("nan"), weights)
     return weights
 
 
 @triton.jit
-def store_weights(ptr, weights_ptr, item, size, total, has_mass, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def store_weights(ptr, weights_ptr, begin, size, total, has_mass, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Weights that sum to one; all zero in an item without mass on either side."""
     total = tl.where(has_mass, total, 1.0)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        weights = load_raw(ptr, item, index, size, DTYPE)
+        weights = load_raw(ptr, begin, index, size, DTYPE)
         kept = tl.where(weights != 0, tl.where(has_mass, 1, 0), 0) != 0
         tl.store(weights_ptr + index, tl.where(kept, weights / total, 0.0), mask=index < size)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def _weights_kernel(a_ptr, b_ptr, weights_ptr, items_ptr, N, M, BLOCK: tl.constexpr):
+def _weights_kernel(a_ptr, b_ptr, weights_ptr, items_ptr, N, M, table_ptr, BLOCK: tl.constexpr):
     """Programs (item): its marginals, lines of [B, N + M], and of [B, 4] what they were divided by, zero without mass
     (numbers 2 and 3; 0 is for what poisons the item)."""
-    item = tl.program_id(0).to(tl.int64)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, _ = block_of(table_ptr, 1)
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    total_a = sum_weights(a_ptr, item, N, BLOCK, DTYPE)
-    total_b = sum_weights(b_ptr, item, M, BLOCK, DTYPE)
+    total_a = sum_weights(a_ptr, start_x, N, BLOCK, DTYPE)
+    total_b = sum_weights(b_ptr, start_y, M, BLOCK, DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
-    weights_ptr += item * (N + M)
-    store_weights(a_ptr, weights_ptr, item, N, total_a, has_mass, BLOCK, DTYPE)
-    store_weights(b_ptr, weights_ptr + N, item, M, total_b, has_mass, BLOCK, DTYPE)
+    weights_ptr += start_x + start_y
+    store_weights(a_ptr, weights_ptr, start_x, N, total_a, has_mass, BLOCK, DTYPE)
+    store_weights(b_ptr, weights_ptr + N, start_y, M, total_b, has_mass, BLOCK, DTYPE)
     tl.store(items_ptr + item * 4 + 2, tl.where(has_mass, total_a, 0.0))
     tl.store(items_ptr + item * 4 + 3, tl.where(has_mass, total_b, 0.0))
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def _norms_kernel(x_ptr, weights_ptr, inverse_ptr, N, M, D, first, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Programs (item and block of N tokens): their inverse norms, lines ``first`` and on; padding is not read."""
-    item, start = row_block(N, BLOCK_N)
+def _norms_kernel(
+    x_ptr, weights_ptr, inverse_ptr, N, M, D, table_ptr,
+    SWAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Programs (item and block of N tokens): their inverse norms; padding is not read. SWAPPED: they are columns."""
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = inverse_ptr.dtype.element_ty
     rows, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    lines = item * (N + M) + first + start + rows
+    lines = start_x + start_y + start + rows
+    if SWAPPED:
+        lines += M
     live = load_lines(weights_ptr, lines, start + rows < N) != 0
-    x_ptr += (item * N + start) * D
+    x_ptr += (start_x + start) * D
     square = tl.zeros((BLOCK_N,), DTYPE)
     for offset in range(0, D, BLOCK_D):
         inside = live[:, None] & (offset + features < D)[None, :]
@@ -105,33 +122,8 @@ def _norms_kernel(x_ptr, weights_ptr, inverse_ptr, N, M, D, first, BLOCK_N: tl.c
 
 
 @triton.jit
-def wide(number):
-    """As 64 bits: what it is multiplied by may take it beyond 32."""
-    return tl.full((), number, tl.int64)
-
-
-@triton.jit
 def load_lines(ptr, lines, inside):
     return tl.load(ptr + lines, mask=inside, other=0.0)
-
-
-@triton.jit
-def row_block(N, BLOCK_N: tl.constexpr):
-    """Of programs that each take BLOCK_N rows of an item: the item, and its first row."""
-    blocks = tl.cdiv(N, BLOCK_N)
-    return tl.program_id(0).to(tl.int64) // blocks, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N
-
-
-@triton.jit
-def line_block(N, M, BLOCK: tl.constexpr):
-    """Of programs that each take BLOCK rows of an item, or BLOCK columns: the item, which block of it, whether these
-    are rows, which of them, and where they stand among its lines."""
-    row_blocks = tl.cdiv(N, BLOCK)
-    blocks = row_blocks + tl.cdiv(M, BLOCK)
-    item, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
-    is_rows = block < row_blocks
-    index = (block - tl.where(is_rows, 0, row_blocks)) * BLOCK + tl.arange(0, BLOCK)
-    return item, block, is_rows, index, tl.where(is_rows, 0, N) + index
 
 
 @triton.jit
@@ -171,7 +163,7 @@ def whole(exponent):
 @triton.jit(do_not_specialize=["N", "M", "t"])
 def _strip_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr,
-    stopped_ptr, N, M, D, stride_n, scale: tl.float64, t,
+    stopped_ptr, N, M, D, stride_n, scale: tl.float64, t, table_ptr,
     FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -181,24 +173,28 @@ def _strip_kernel(
     sums over columns [B, P, M]. FIRST: the exponents of its rows, whether it holds what is not finite, and the largest
     entries by column. LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
     """
-    item, start = row_block(N, BLOCK_N)
-    P, strip = tl.cdiv(N, BLOCK_N), start // BLOCK_N
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
     if not FIRST:
         if tl.load(stopped_ptr + item) != 0:
             return
+    strip = strips(table_ptr, item, tl.cdiv(N, BLOCK_N))[0] + start // BLOCK_N
+    part_ptr += strip * M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     smallest: tl.constexpr = SMALLEST64 if DTYPE == tl.float64 else SMALLEST32
     high, low = log_scale(scale, DTYPE)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    lines = item * (N + M)
+    lines = start_x + start_y
     in_x = start + rows < N
     a = load_lines(weights_ptr, lines + start + rows, in_x)
     inverse_x = load_inverse(inverse_ptr, lines + start + rows, in_x, BLOCK_N, DTYPE)
-    part_ptr += (item * P + strip) * M
     if matrix_ptr is not None:
-        matrix_ptr += item * N * M + start * stride_n
+        matrix_ptr += (start_x + start) * stride_n
     else:
-        x_ptr, y_ptr = x_ptr + (item * N + start) * D, y_ptr + item * M * D
+        x_ptr, y_ptr = x_ptr + (start_x + start) * D, y_ptr + start_y * D
 
     e_u, rest = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
     if FIRST:
@@ -225,15 +221,15 @@ def _strip_kernel(
     if FIRST:
         e_u = -whole(tl.max(largest, 1))
         tl.store(exponent_ptr + lines + start + rows, e_u, mask=in_x)
-        tl.store(found_ptr + item * P + strip, tl.sum(tl.sum(rest, 1)))
+        tl.store(found_ptr + strip, tl.sum(tl.sum(rest, 1)))
         u = tl.zeros((BLOCK_N,), DTYPE)
     else:
         sums = tl.sum(rest, 1)
         u = load_lines(scaling_ptr, lines + start + rows, in_x)
-        tl.store(found_ptr + item * P + strip, tl.sum(tl.abs(u * sums - a)))
+        tl.store(found_ptr + strip, tl.sum(tl.abs(u * sums - a)))
         u = divide(a, tl.maximum(sums, smallest))
         if not LAST:
-            tl.store(new_u_ptr + item * N + start + rows, u, mask=in_x)
+            tl.store(new_u_ptr + start_x + start + rows, u, mask=in_x)
     if not LAST:
         for first in range(0, M, BLOCK_M):
             at = lines + N + first + columns
@@ -255,14 +251,15 @@ def _strip_kernel(
 
 
 @triton.jit
-def gather(part_ptr, at, inside, P, M, LARGEST: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Over the strips of an item, in their order: the sum or the largest of what they have at these columns."""
+def gather(part_ptr, at, inside, P, width, LARGEST: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Over the strips of an item, in their order: the sum or the largest of what they have at these columns, of rows as
+    wide as this."""
     parts = tl.arange(0, 16)
     found = tl.full((16, BLOCK), float("-inf") if LARGEST else 0.0, DTYPE)
     for first in range(0, P, 16):
         mask = (first + parts < P)[:, None] & inside[None, :]
         part = tl.load(
-            part_ptr + (first + parts)[:, None].to(tl.int64) * M + at[None, :],
+            part_ptr + (first + parts)[:, None].to(tl.int64) * width + at[None, :],
             mask=mask, other=float("-inf") if LARGEST else 0.0,
         )  # fmt: skip
         found = tl.maximum(found, part) if LARGEST else found + part
@@ -270,12 +267,12 @@ def gather(part_ptr, at, inside, P, M, LARGEST: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def sum_found(found_ptr, item, P, DTYPE: tl.constexpr):
+def sum_found(found_ptr, P, DTYPE: tl.constexpr):
     """Of what the strips of an item have found, in their order."""
     parts = tl.arange(0, 128)
     found = tl.zeros((128,), DTYPE)
     for first in range(0, P, 128):
-        found += tl.load(found_ptr + item * P + first + parts, mask=first + parts < P, other=0.0)
+        found += tl.load(found_ptr + first + parts, mask=first + parts < P, other=0.0)
     return tl.sum(found)
 
 
@@ -303,7 +300,7 @@ def unpack(packed):
 @triton.jit(do_not_specialize=["N", "M", "P", "t", "num_iters"])
 def _gather_kernel(
     weights_ptr, exponent_ptr, first_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr, items_ptr, stopped_ptr,
-    rounds_ptr, history_ptr, N, M, P, t, num_iters, tol: tl.float64,
+    rounds_ptr, history_ptr, N, M, P, t, num_iters, tol: tl.float64, table_ptr,
     FIRST: tl.constexpr, STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): makes round t part of the state, unless the item is done.
@@ -311,13 +308,19 @@ def _gather_kernel(
     The state: exponents and scalings of all lines [B, N + M], whether an item has stopped and its rounds [B]. FIRST
     sets it up. With HISTORY_ALL the scalings of the round are kept, relative to the first exponents.
     """
-    item, block, is_rows, index, at = line_block(N, M, BLOCK)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, block, is_rows, index, at = line_block(N, M, BLOCK, table_ptr)
+    first_strip, P = strips(table_ptr, item, P)
+    part_ptr, found_ptr, width = part_ptr + first_strip * M, found_ptr + first_strip, M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     if FIRST:
         if block == 0:
             tl.store(stopped_ptr + item, 0)
             tl.store(rounds_ptr + item, 0)
-            poison = sum_found(found_ptr, item, P, DTYPE)
+            poison = sum_found(found_ptr, P, DTYPE)
             total_a, total_b = tl.load(items_ptr + item * 4 + 2), tl.load(items_ptr + item * 4 + 3)
             tl.store(items_ptr + item * 4, poison + total_a * 0 + total_b * 0)
             tl.store(items_ptr + item * 4 + 1, 0.0)
@@ -325,7 +328,7 @@ def _gather_kernel(
         if tl.load(stopped_ptr + item) != 0:
             return
         if STOPS:
-            error = sum_found(found_ptr, item, P, DTYPE) + tl.load(items_ptr + item * 4)
+            error = sum_found(found_ptr, P, DTYPE) + tl.load(items_ptr + item * 4)
             if (t > 0) & (error < tol):
                 tl.store(stopped_ptr + item, 1)
                 return
@@ -333,15 +336,15 @@ def _gather_kernel(
             has_mass = tl.load(items_ptr + item * 4 + 2) != 0
             tl.store(rounds_ptr + item, tl.where(has_mass, t + 1, 0))
     smallest: tl.constexpr = SMALLEST64 if DTYPE == tl.float64 else SMALLEST32
-    lines, inside = item * (N + M), index < tl.where(is_rows, N, M)
+    lines, inside = start_x + start_y, index < tl.where(is_rows, N, M)
     weights = load_lines(weights_ptr, lines + at, inside)
     exponent, scaling = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
     if is_rows:
         exponent = load_lines(exponent_ptr, lines + at, inside)
         if not FIRST:
-            scaling = load_lines(new_u_ptr, item * N + index, inside)
+            scaling = load_lines(new_u_ptr, start_x + index, inside)
     else:
-        found = gather(part_ptr + item * P * M, index, inside, P, M, FIRST, BLOCK, DTYPE)
+        found = gather(part_ptr, index, inside, P, width, FIRST, BLOCK, DTYPE)
         if FIRST:
             exponent = -whole(found)
             scaling = tl.where(weights == 0, 0.0, tl.exp2(-exponent))  # what is one before K was scaled
@@ -354,7 +357,7 @@ def _gather_kernel(
         grown = log_weights(scaling)
         moved = tl.where(tl.abs(grown) > GROWN, whole(grown), 0.0)
         if HISTORY == HISTORY_ALL:
-            history_ptr += item * (2 + num_iters * (N + M)) + 2 + wide(t) * (N + M)
+            history_ptr += 2 * (item + 1) + num_iters * lines + wide(t) * (N + M)
             kept = pack(scaling, exponent - load_lines(first_ptr, lines + at, inside))
             tl.store(history_ptr + at, kept, mask=inside)
         exponent += moved
@@ -366,16 +369,21 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
     weights_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
-    history_ptr, N, M, P, num_iters, scale: tl.float64, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
+    history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 
-    A history [B, 2 + kept (N + M)] begins with what poisons the item; then the scalings of every round,
+    A history, 2 + kept (N + M) numbers an item, begins with what poisons the item; then the scalings of every round,
     or of the last, packed and relative to the first exponents.
     """
-    item, block, is_rows, index, at = line_block(N, M, BLOCK)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, block, is_rows, index, at = line_block(N, M, BLOCK, table_ptr)
+    first_strip, P = strips(table_ptr, item, P)
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    lines, inside = item * (N + M), index < tl.where(is_rows, N, M)
+    lines, inside = start_x + start_y, index < tl.where(is_rows, N, M)
     poison = tl.load(items_ptr + item * 4)
     weights = load_lines(weights_ptr, lines + at, inside)
     exponent, scaling = load_lines(exponent_ptr, lines + at, inside), load_lines(scaling_ptr, lines + at, inside)
@@ -383,14 +391,14 @@ def _finish_kernel(
     unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)
     potential = tl.where(weights == 0, float("-inf"), (logarithm + exponent) * unit) + poison
     if is_rows:
-        tl.store(f_ptr + item * N + index, potential, mask=inside)
+        tl.store(f_ptr + start_x + index, potential, mask=inside)
     else:
-        tl.store(g_ptr + item * M + index, potential, mask=inside)
+        tl.store(g_ptr + start_y + index, potential, mask=inside)
     rounds = tl.load(rounds_ptr + item)
     if block == 0:
-        tl.store(error_ptr + item, sum_found(found_ptr, item, P, DTYPE) + poison)
+        tl.store(error_ptr + item, sum_found(found_ptr + first_strip, P, DTYPE) + poison)
     if HISTORY != HISTORY_NONE:
-        history_ptr += item * (2 + (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
+        history_ptr += 2 * item + (num_iters if HISTORY == HISTORY_ALL else 1) * lines
         if block == 0:
             tl.store(history_ptr, poison)
             tl.store(history_ptr + 1, 0.0)
@@ -411,23 +419,34 @@ def plan_tile(L, e_u, u, e_v, v):
 @triton.jit(do_not_specialize=["N", "M"])
 def _matrix_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, items_ptr,
-    plan_ptr, similarity_ptr, N, M, D, stride_n, scale: tl.float64, PRECISION: tl.constexpr,
+    plan_ptr, similarity_ptr, N, M, D, stride_n, scale: tl.float64, table_ptr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs (item and block of rows, block of columns): the plan [B, N, M], or the similarity, as is wanted."""
-    item, start = row_block(N, BLOCK_N)
+    """Programs (item and block of rows, block of columns): the plan [B, N, M], or the similarity, as is wanted.
+
+    Of packed items the plan is padded, and written as far as the item goes; the similarity is [T_x, M].
+    """
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
     first = tl.program_id(1) * BLOCK_M
+    padded = (item * N + start) * stride_n + first
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
+    if table_ptr is not None:
+        if first >= M:
+            return
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, in_y = start + rows < N, first + columns < M
-    at_x, at_y = item * (N + M) + start + rows, item * (N + M) + N + first + columns
+    at_x, at_y = start_x + start_y + start + rows, start_x + start_y + N + first + columns
     live_x, live_y = load_lines(weights_ptr, at_x, in_x) != 0, load_lines(weights_ptr, at_y, in_y) != 0
     inverse_x = load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     inverse_y = load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
-    corner = item * N * M + start * M + first
+    corner = (start_x + start) * stride_n + first
     similarity = similarity_tile(
-        x_ptr + (item * N + start) * D if matrix_ptr is None else None,
-        y_ptr + (item * M + first) * D if matrix_ptr is None else None,
+        x_ptr + (start_x + start) * D if matrix_ptr is None else None,
+        y_ptr + (start_y + first) * D if matrix_ptr is None else None,
         None if matrix_ptr is None else matrix_ptr + corner, inverse_x, inverse_y, live_x, live_y, stride_n, 1, D,
         PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
@@ -443,39 +462,42 @@ def _matrix_kernel(
             load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y),
         )  # fmt: skip
         plan += tl.load(items_ptr + item * 4)
-        tl.store(plan_ptr + corner + entries, plan.to(plan_ptr.dtype.element_ty), mask=inside)
+        tl.store(plan_ptr + padded + entries, plan.to(plan_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _attend_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, items_ptr, out_ptr,
-    N, M, D, stride_n, stride_m, at_rows, at_columns, scale: tl.float64,
-    BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
+    N, M, D, stride_n, stride_m, scale: tl.float64, table_ptr,
+    SWAPPED: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of rows, block of features): ``out = x + factor (plan y)``, the plan a tile at a time.
 
-    For the other side x and y change places, and with them N and M, the strides of the matrix, and where rows and
-    columns stand among an item's lines.
+    SWAPPED: for the other side all that belongs to x and y has changed places, the strides of the matrix too.
     """
-    item, start = row_block(N, BLOCK_N)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     feature = tl.program_id(1) * BLOCK_F
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     high, low = log_scale(scale, DTYPE)
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), feature + tl.arange(0, BLOCK_F)
     in_x, in_D = start + rows < N, (features < D)[None, :]
-    lines = item * (N + M)
-    at_x = lines + at_rows + start + rows
+    lines = start_x + start_y
+    at_x = lines + (M if SWAPPED else 0) + start + rows
     a = load_lines(weights_ptr, at_x, in_x)
     inverse_x = load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     e_u, u = load_lines(exponent_ptr, at_x, in_x), load_lines(scaling_ptr, at_x, in_x)
-    x_ptr, y_ptr, out_ptr = x_ptr + (item * N + start) * D, y_ptr + item * M * D, out_ptr + (item * N + start) * D
+    x_ptr, y_ptr, out_ptr = x_ptr + (start_x + start) * D, y_ptr + start_y * D, out_ptr + (start_x + start) * D
     if matrix_ptr is not None:
-        matrix_ptr += item * N * M + start * stride_n
+        matrix_ptr += (start_y * stride_m if SWAPPED else start_x * stride_n) + start * stride_n
     attended = tl.zeros((BLOCK_N, BLOCK_F), DTYPE)
     for first in range(0, M, BLOCK_M):
         in_y = first + columns < M
-        at_y = lines + at_columns + first + columns
+        at_y = lines + (0 if SWAPPED else N) + first + columns
         b = load_lines(weights_ptr, at_y, in_y)
         inverse_y = load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
         similarity = similarity_tile(

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from .attend import dot_split, split
 from .attend_backward import inverse
+from .places import block_of, is_idle, line_block, place, row_block, strips, wide
 from .rounds import log_scale, token_products
-from .streaming import gather, line_block, load_inverse, load_lines, plan_tile, row_block, similarity_tile, unpack, wide
+from .streaming import gather, load_inverse, load_lines, plan_tile, similarity_tile, unpack
 
 DETACH = tl.constexpr(0)
 UNROLL = tl.constexpr(1)
@@ -28,9 +29,9 @@ END = tl.constexpr(3)
 
 
 @triton.jit
-def history_of(history_ptr, item, num_iters, N, M, MODE: tl.constexpr):
-    """Where an item's rounds begin."""
-    return history_ptr + item * (2 + (num_iters if MODE == UNROLL else 1) * (N + M)) + 2
+def history_of(history_ptr, item, num_iters, lines, MODE: tl.constexpr):
+    """Where the rounds of an item begin that has so many lines before it."""
+    return history_ptr + 2 * (item + 1) + (num_iters if MODE == UNROLL else 1) * lines
 
 
 @triton.jit
@@ -97,30 +98,34 @@ def at_item(ptr, offset):
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _start_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    rounds_ptr, history_ptr, first_ptr, rows_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
+    rounds_ptr, history_ptr, first_ptr, rows_ptr, part_ptr,
+    N, M, D, stride_n, all_rows, scale: tl.float64, num_iters, table_ptr,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): sums over rows [3, B, N] and the strip's over columns [3, B, P, M] of the plan times
     its gradient; of what of that came by way of x (rows), of y (columns); of the plan."""
-    item, start = row_block(N, BLOCK_N)
-    P = tl.cdiv(N, BLOCK_N)
-    B = tl.num_programs(0) // P
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
+    padded, kind = (item * N + start) * stride_n, wide(tl.num_programs(0)) * M
+    part_ptr += (strips(table_ptr, item, tl.cdiv(N, BLOCK_N))[0] + start // BLOCK_N) * M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
+    lines = start_x + start_y
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    in_x, at_x = start + rows < N, item * (N + M) + start + rows
+    in_x, at_x = start + rows < N, lines + start + rows
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     history_ptr += last_round(rounds_ptr, item, MODE) * (N + M)
     u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
-    corner = item * N * M + start * stride_n
-    matrix_ptr, grad_plan_ptr = at_item(matrix_ptr, corner), at_item(grad_plan_ptr, corner)
-    x_ptr, grad_x_out_ptr = at_item(x_ptr, (item * N + start) * D), at_item(grad_x_out_ptr, (item * N + start) * D)
-    y_ptr, grad_y_out_ptr = at_item(y_ptr, item * M * D), at_item(grad_y_out_ptr, item * M * D)
-    part_ptr += (item * P + start // BLOCK_N) * M
+    matrix_ptr, grad_plan_ptr = at_item(matrix_ptr, (start_x + start) * stride_n), at_item(grad_plan_ptr, padded)
+    x_ptr, grad_x_out_ptr = at_item(x_ptr, (start_x + start) * D), at_item(grad_x_out_ptr, (start_x + start) * D)
+    y_ptr, grad_y_out_ptr = at_item(y_ptr, start_y * D), at_item(grad_y_out_ptr, start_y * D)
     sums, sums_x, sums_plan = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     for first in range(0, M, BLOCK_M):
-        in_y, at_y = first + columns < M, item * (N + M) + N + first + columns
+        in_y, at_y = first + columns < M, lines + N + first + columns
         b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
         step = wide(first) * D
         similarity = similarity_tile(
@@ -139,48 +144,53 @@ def _start_kernel(
         tl.store(part_ptr + first + columns, tl.sum(grad * plan, 0), mask=in_y)
         if BARYCENTRIC:
             sums_x += tl.sum(from_x * plan, 1)
-            tl.store(part_ptr + wide(B) * P * M + first + columns, tl.sum(from_y * plan, 0), mask=in_y)
+            tl.store(part_ptr + kind + first + columns, tl.sum(from_y * plan, 0), mask=in_y)
         if MODE == IMPLICIT:
             sums_plan += tl.sum(plan, 1)
-            tl.store(part_ptr + 2 * wide(B) * P * M + first + columns, tl.sum(plan, 0), mask=in_y)
-    rows_ptr += item * N + start
+            tl.store(part_ptr + 2 * kind + first + columns, tl.sum(plan, 0), mask=in_y)
+    rows_ptr += start_x + start
     tl.store(rows_ptr + rows, sums, mask=in_x)
     if BARYCENTRIC:
-        tl.store(rows_ptr + wide(B) * N + rows, sums_x, mask=in_x)
+        tl.store(rows_ptr + wide(all_rows) + rows, sums_x, mask=in_x)
     if MODE == IMPLICIT:
-        tl.store(rows_ptr + 2 * wide(B) * N + rows, sums_plan, mask=in_x)
+        tl.store(rows_ptr + 2 * wide(all_rows) + rows, sums_plan, mask=in_x)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _started_kernel(
     weights_ptr, grad_f_ptr, grad_g_ptr, rounds_ptr, rows_ptr, part_ptr, start_ptr, attended_ptr, sums_ptr, pull_ptr,
-    total_ptr, N, M, P, scale: tl.float64, num_iters,
+    total_ptr, N, M, P, all_rows, all_strips, scale: tl.float64, num_iters, table_ptr,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): the gradients of log_u and log_v [B, N + M] (``start_ptr``), natural
     logarithms; what weights lose by way of what was attended to; the plan's sums; and, of the last round run, what is
     pulled through the columns."""
-    item, _, is_rows, index, at = line_block(N, M, BLOCK)
-    B = tl.num_programs(0) // (tl.cdiv(N, BLOCK) + tl.cdiv(M, BLOCK))
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, _, is_rows, index, at = line_block(N, M, BLOCK, table_ptr)
+    first_strip, P = strips(table_ptr, item, P)
+    width = M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    inside, lines = index < tl.where(is_rows, N, M), item * (N + M)
+    inside, lines = index < tl.where(is_rows, N, M), start_x + start_y
     unit = (1.0 / tl.abs(tl.full((), scale, tl.float64))).to(DTYPE)  # f = log(u) / |scale|
     weights = load_lines(weights_ptr, lines + at, inside)
     for kind in tl.static_range(3):
         if kind == 0 or (kind == 1 and BARYCENTRIC) or (kind == 2 and MODE == IMPLICIT):
             if is_rows:
-                found = load_lines(rows_ptr, kind * wide(B) * N + item * N + index, inside)
+                found = load_lines(rows_ptr, kind * wide(all_rows) + start_x + index, inside)
             else:
-                part = part_ptr + (kind * wide(B) + item) * P * M
-                found = gather(part, index, inside, P, M, False, BLOCK, DTYPE)
+                part = part_ptr + (kind * wide(all_strips) + first_strip) * width
+                found = gather(part, index, inside, P, width, False, BLOCK, DTYPE)
             if kind == 0:
                 if is_rows:
                     if grad_f_ptr is not None:
-                        sent = tl.load(grad_f_ptr + item * N + index, mask=inside & (weights != 0), other=0.0)
+                        sent = tl.load(grad_f_ptr + start_x + index, mask=inside & (weights != 0), other=0.0)
                         found += unit * sent.to(DTYPE)
                 else:
                     if grad_g_ptr is not None:
-                        sent = tl.load(grad_g_ptr + item * M + index, mask=inside & (weights != 0), other=0.0)
+                        sent = tl.load(grad_g_ptr + start_y + index, mask=inside & (weights != 0), other=0.0)
                         found += unit * sent.to(DTYPE)
                 tl.store(start_ptr + lines + at, found, mask=inside)
                 if MODE == UNROLL:
@@ -189,7 +199,7 @@ def _started_kernel(
                     tl.store(total_ptr + lines + at, total, mask=inside)
                     if rounds > 0:
                         if not is_rows:
-                            where = pull_ptr + (item * num_iters + rounds - 1) * (N + M) + at
+                            where = pull_ptr + num_iters * lines + wide(rounds - 1) * (N + M) + at
                             tl.store(where, found * inverse(weights), mask=inside)
             elif kind == 1:
                 tl.store(attended_ptr + lines + at, found, mask=inside)
@@ -200,43 +210,50 @@ def _started_kernel(
 @triton.jit(do_not_specialize=["N", "M", "num_iters", "t"])
 def _adjoint_strip_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, sums_ptr,
-    pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t,
+    pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): what a strip can do of a product with the plan by rows, then by columns.
 
     ROUND: the adjoint of round t; pulled through the columns is row t of ``pull_ptr`` [B, T, N + M], which gets what is
-    pulled through the rows. The phases of conjugate gradients: ``pull_ptr`` [B, M] is what the plan is multiplied by,
-    and at the END the rows of ``total_ptr`` [B, N + M] are the answer.
+    pulled through the rows. The phases of conjugate gradients: ``pull_ptr`` [B, M] is what the plan is multiplied by;
+    at the END it is the columns of ``total_ptr`` [B, N + M], the answer, whose rows are made of them.
     """
-    item, start = row_block(N, BLOCK_N)
-    P = tl.cdiv(N, BLOCK_N)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
+    part_ptr += (strips(table_ptr, item, tl.cdiv(N, BLOCK_N))[0] + start // BLOCK_N) * M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
+    lines = start_x + start_y
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     MODE: tl.constexpr = UNROLL if PHASE == ROUND else IMPLICIT
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    in_x, at_x = start + rows < N, item * (N + M) + start + rows
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
+    in_x, at_x = start + rows < N, lines + start + rows
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     rounds = num_iters
     if PHASE == ROUND:
         rounds = tl.load(rounds_ptr + item)
         if t >= rounds:
             return
         history_ptr += wide(t) * (N + M)
-        pull_ptr += (item * num_iters + t) * (N + M) + N
+        pull_ptr += num_iters * lines + wide(t) * (N + M) + N
+    elif PHASE == END:
+        pull_ptr = total_ptr + lines + N
     else:
-        pull_ptr += item * M
+        pull_ptr += start_y
     if PHASE == STEP:
         if tl.load(done_ptr + item) != 0:
             return
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
-    matrix_ptr, x_ptr = at_item(matrix_ptr, item * N * M + start * stride_n), at_item(x_ptr, (item * N + start) * D)
-    y_ptr = at_item(y_ptr, item * M * D)
+    matrix_ptr, x_ptr = at_item(matrix_ptr, (start_x + start) * stride_n), at_item(x_ptr, (start_x + start) * D)
+    y_ptr = at_item(y_ptr, start_y * D)
 
     sums = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
     if PHASE != START:
         for first in range(0, M, BLOCK_M):
-            in_y, at_y = first + columns < M, item * (N + M) + N + first + columns
+            in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
             similarity = similarity_tile(
                 x_ptr, at_item(y_ptr, wide(first) * D), at_item(matrix_ptr, first), inverse_x, inverse_y,
@@ -265,9 +282,8 @@ def _adjoint_strip_kernel(
         if PHASE == END:
             tl.store(total_ptr + at_x, pulled, mask=in_x)
     if PHASE != END:
-        part_ptr += (item * P + start // BLOCK_N) * M
         for first in range(0, M, BLOCK_M):
-            in_y, at_y = first + columns < M, item * (N + M) + N + first + columns
+            in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
             similarity = similarity_tile(
                 x_ptr, at_item(y_ptr, wide(first) * D), at_item(matrix_ptr, first), inverse_x, inverse_y,
@@ -293,25 +309,32 @@ def load_before(history_ptr, first_ptr, t, at, inside, lines):
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters", "t"])
 def _adjoint_gather_kernel(
-    weights_ptr, rounds_ptr, part_ptr, pull_ptr, total_ptr, N, M, P, num_iters, t, BLOCK: tl.constexpr
+    weights_ptr, rounds_ptr, part_ptr, pull_ptr, total_ptr, N, M, P, num_iters, t, table_ptr, BLOCK: tl.constexpr
 ):
     """Programs (item and block of columns): what round t leaves to the columns of the round before."""
-    blocks = tl.cdiv(M, BLOCK)
-    item, columns = tl.program_id(0).to(tl.int64) // blocks, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, block = block_of(table_ptr, tl.cdiv(M, BLOCK))
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     if t >= tl.load(rounds_ptr + item):
         return
+    first_strip, P = strips(table_ptr, item, P)
+    width = M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    inside, at = columns < M, item * (N + M) + N + columns
-    grad = -gather(part_ptr + item * P * M, columns, inside, P, M, False, BLOCK, DTYPE)
+    lines = start_x + start_y
+    inside, at = columns < M, lines + N + columns
+    grad = -gather(part_ptr + first_strip * width, columns, inside, P, width, False, BLOCK, DTYPE)
     tl.store(total_ptr + at, load_lines(total_ptr, at, inside) + grad, mask=inside)
     pulled = grad * inverse(load_lines(weights_ptr, at, inside))
-    tl.store(pull_ptr + (item * num_iters + t - 1) * (N + M) + N + columns, pulled, mask=inside)
+    tl.store(pull_ptr + num_iters * lines + wide(t - 1) * (N + M) + N + columns, pulled, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def _gradients_kernel(
     start_ptr, sums_ptr, part_ptr, mapped_ptr, residual_ptr, direction_ptr, total_ptr, numbers_ptr, done_ptr,
-    N, M, P, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    N, M, P, table_ptr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item): a step of conjugate gradients for the columns, as ``attend_backward.implicit`` takes it.
 
@@ -319,22 +342,27 @@ def _gradients_kernel(
     ``numbers_ptr`` [B, 4] the residual's square, the one that is small enough, and the lift. FIRST: from the strips'
     part of what the rows leave.
     """
-    item = tl.program_id(0).to(tl.int64)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, _ = block_of(table_ptr, 1)
     DTYPE: tl.constexpr = total_ptr.dtype.element_ty
     numbers_ptr += item * 4
     if not FIRST:
         if tl.load(done_ptr + item) != 0:
             return
-    columns, lines = tl.arange(0, BLOCK), item * (N + M) + N
-    part_ptr, residual_ptr, direction_ptr = part_ptr + item * P * M, residual_ptr + item * M, direction_ptr + item * M
-    mapped_ptr += item * M
+    first_strip, P = strips(table_ptr, item, P)
+    part_ptr, width = part_ptr + first_strip * M, M
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
+    columns, lines = tl.arange(0, BLOCK), start_x + start_y + N
+    residual_ptr, direction_ptr, mapped_ptr = residual_ptr + start_y, direction_ptr + start_y, mapped_ptr + start_y
     rounding: tl.constexpr = 2.2e-16 if DTYPE == tl.float64 else 1.2e-7
     along, new_product, lift = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
     if FIRST:
         for first in range(0, M, BLOCK):
             at, inside = first + columns, first + columns < M
             residual = load_lines(start_ptr, lines + at, inside)
-            residual -= gather(part_ptr, at, inside, P, M, False, BLOCK, DTYPE)
+            residual -= gather(part_ptr, at, inside, P, width, False, BLOCK, DTYPE)
             sums = load_lines(sums_ptr, lines + at, inside)
             direction = residual * inverse(sums)
             new_product += residual * direction
@@ -351,7 +379,7 @@ def _gradients_kernel(
             at, inside = first + columns, first + columns < M
             sums, direction = load_lines(sums_ptr, lines + at, inside), load_lines(direction_ptr, at, inside)
             mapped = sums * ((1 + 10 * rounding) * direction + old_lift)
-            mapped -= gather(part_ptr, at, inside, P, M, False, BLOCK, DTYPE)
+            mapped -= gather(part_ptr, at, inside, P, width, False, BLOCK, DTYPE)
             along += direction * mapped
             tl.store(mapped_ptr + at, mapped, mask=inside)
         length = old_product / tl.sum(along)
@@ -420,33 +448,45 @@ def matrix_gradient(
 def _matrix_gradient_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
     rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
-    MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
+    table_ptr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs (item and block of rows, block of columns): the gradient of the similarity or cost [B, N, M]."""
-    item, start = row_block(N, BLOCK_N)
+    """Programs (item and block of rows, block of columns): the gradient of the similarity or cost [B, N, M].
+
+    Of packed items it is [T_x, M], and that of the plan, which is read, padded.
+    """
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
     first = tl.program_id(1) * BLOCK_M
+    padded = (item * N + start) * stride_n + first
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
+    lines = start_x + start_y
+    if table_ptr is not None:
+        if first >= M:
+            return
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, in_y = start + rows < N, first + columns < M
-    at_x, at_y = item * (N + M) + start + rows, item * (N + M) + N + first + columns
+    at_x, at_y = lines + start + rows, lines + N + first + columns
     a, b = load_lines(weights_ptr, at_x, in_x), load_lines(weights_ptr, at_y, in_y)
-    corner, at = item * N * M + start * stride_n + first, rows[:, None] * stride_n + columns[None, :]
-    x_ptr, grad_x_out_ptr = at_item(x_ptr, (item * N + start) * D), at_item(grad_x_out_ptr, (item * N + start) * D)
-    y_ptr, grad_y_out_ptr = at_item(y_ptr, (item * M + first) * D), at_item(grad_y_out_ptr, (item * M + first) * D)
+    corner, at = (start_x + start) * stride_n + first, rows[:, None] * stride_n + columns[None, :]
+    x_ptr, grad_x_out_ptr = at_item(x_ptr, (start_x + start) * D), at_item(grad_x_out_ptr, (start_x + start) * D)
+    y_ptr, grad_y_out_ptr = at_item(y_ptr, (start_y + first) * D), at_item(grad_y_out_ptr, (start_y + first) * D)
     similarity = similarity_tile(
         x_ptr, y_ptr, at_item(matrix_ptr, corner), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE),
         load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE), a != 0, b != 0, stride_n, 1, D,
         PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
     grad_plan, _, _ = plan_gradient(
-        x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, at_item(grad_plan_ptr, corner), inverse(a), inverse(b),
+        x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, at_item(grad_plan_ptr, padded), inverse(a), inverse(b),
         a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     grad, _ = matrix_gradient(
         log_tile(similarity, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
-        at_item(pull_ptr, item * num_iters * (N + M)), at_item(total_ptr, item * (N + M)), tl.load(rounds_ptr + item),
+        at_item(pull_ptr, num_iters * lines), at_item(total_ptr, lines), tl.load(rounds_ptr + item),
         start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
         False, MODE, DTYPE,
     )  # fmt: skip
@@ -457,7 +497,7 @@ def _matrix_gradient_kernel(
 def _pull_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
     grad_similarity_ptr, rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
-    N, M, D, stride_n, stride_m, at_rows, at_columns, scale: tl.float64, num_iters,
+    N, M, D, stride_n, stride_m, scale: tl.float64, num_iters, table_ptr,
     SWAPPED: tl.constexpr, COSINE: tl.constexpr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -466,27 +506,32 @@ def _pull_kernel(
 
     SWAPPED: the gradient of y; all that belongs to x and y has changed places.
     """
-    item, start = row_block(N, BLOCK_N)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, start = row_block(N, BLOCK_N, table_ptr)
+    padded = (item * M * stride_m if SWAPPED else item * N * stride_n) + start * stride_n
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     feature = tl.program_id(1) * BLOCK_F
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), feature + tl.arange(0, BLOCK_F)
-    in_x, in_D, lines = start + rows < N, (features < D)[None, :], item * (N + M)
-    line_x = at_rows + start + rows
+    in_x, in_D, lines = start + rows < N, (features < D)[None, :], start_x + start_y
+    line_x = (M if SWAPPED else 0) + start + rows
     a = load_lines(weights_ptr, lines + line_x, in_x)
     inverse_x = load_inverse(inverse_ptr, lines + line_x, in_x, BLOCK_N, DTYPE)
-    corner = item * N * M + start * stride_n
+    corner = (start_y * stride_m if SWAPPED else start_x * stride_n) + start * stride_n
     matrix_ptr, grad_ptr = at_item(matrix_ptr, corner), at_item(grad_ptr, corner)
-    grad_plan_ptr, grad_similarity_ptr = at_item(grad_plan_ptr, corner), at_item(grad_similarity_ptr, corner)
-    x_ptr, grad_x_out_ptr = x_ptr + (item * N + start) * D, at_item(grad_x_out_ptr, (item * N + start) * D)
-    y_ptr, grad_y_out_ptr = y_ptr + item * M * D, at_item(grad_y_out_ptr, item * M * D)
+    grad_plan_ptr, grad_similarity_ptr = at_item(grad_plan_ptr, padded), at_item(grad_similarity_ptr, padded)
+    x_ptr, grad_x_out_ptr = x_ptr + (start_x + start) * D, at_item(grad_x_out_ptr, (start_x + start) * D)
+    y_ptr, grad_y_out_ptr = y_ptr + start_y * D, at_item(grad_y_out_ptr, start_y * D)
     rounds = tl.load(rounds_ptr + item)
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, N, M, MODE), first_ptr + item * (N + M)
+    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     poison = tl.load(history_ptr - 2)
-    pull_ptr, total_ptr = at_item(pull_ptr, item * num_iters * (N + M)), at_item(total_ptr, lines)
+    pull_ptr, total_ptr = at_item(pull_ptr, num_iters * lines), at_item(total_ptr, lines)
     grad_x, weighed = tl.zeros((BLOCK_N, BLOCK_F), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     at = rows[:, None] * stride_n + columns[None, :] * stride_m
     for first in range(0, M, BLOCK_M):
-        in_y, line_y = first + columns < M, at_columns + first + columns
+        in_y, line_y = first + columns < M, (0 if SWAPPED else N) + first + columns
         b = load_lines(weights_ptr, lines + line_y, in_y)
         inverse_y = load_inverse(inverse_ptr, lines + line_y, in_y, BLOCK_M, DTYPE)
         step, along = wide(first) * D, wide(first) * stride_m
@@ -538,24 +583,30 @@ def _pull_kernel(
     grad_x = tl.where((a != 0)[:, None], grad_x, 0.0)
     if grad_x_out_ptr is not None:
         grad_x += tl.load(grad_x_out_ptr + at_x, mask=inside, other=0.0).to(DTYPE)
-    grad_x_ptr += (item * N + start) * D
+    grad_x_ptr += (start_x + start) * D
     tl.store(grad_x_ptr + at_x, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _weight_gradient_kernel(
-    weights_ptr, items_ptr, history_ptr, total_ptr, attended_ptr, grad_ptr, N, M, at_lines, which, num_iters,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, items_ptr, history_ptr, total_ptr, attended_ptr, grad_ptr, N, M, num_iters, table_ptr,
+    SWAPPED: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item): the gradient of the weights of one side [B, N], through the division by their sum.
 
-    Zero weights are padding, and get none. ``which`` of an item's numbers its sum is.
+    Zero weights are padding, and get none. SWAPPED: as in ``_pull_kernel``.
     """
-    item = tl.program_id(0).to(tl.int64)
+    if table_ptr is not None:
+        if is_idle(table_ptr):
+            return
+    item, _ = block_of(table_ptr, 1)
+    start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    poison = tl.load(history_of(history_ptr, item, num_iters, N, M, MODE) - 2)
-    divided_by = tl.load(items_ptr + item * 4 + which)
-    lines, index = item * (N + M) + at_lines, tl.arange(0, BLOCK)
+    lines, index = start_x + start_y, tl.arange(0, BLOCK)
+    poison = tl.load(history_of(history_ptr, item, num_iters, lines, MODE) - 2)
+    divided_by = tl.load(items_ptr + item * 4 + (3 if SWAPPED else 2))
+    if SWAPPED:
+        lines += M
     mean = tl.zeros((BLOCK,), DTYPE)
     for start in range(0, N, BLOCK):
         at, inside = lines + start + index, start + index < N
@@ -567,7 +618,7 @@ def _weight_gradient_kernel(
         weights = load_lines(weights_ptr, at, inside)
         grad = (of_weights(total_ptr, attended_ptr, at, inside, weights, MODE) - mean) * inverse(divided_by)
         grad = tl.where(weights == 0, 0.0, grad + poison)
-        tl.store(grad_ptr + item * N + start + index, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_ptr + start_x + start + index, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

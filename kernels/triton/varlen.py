@@ -12,16 +12,9 @@ import triton.language as tl
 
 from .attend import HISTORY_ALL, HISTORY_NONE, _attend_fwd_kernel
 from .attend_backward import UNROLL, _attend_bwd_kernel
+from .places import span
 
 FILLED = tl.constexpr(1024)  # numbers that are written at a time
-
-
-@triton.jit
-def span(cu_seqlens_ptr, item, tokens):
-    """An item's first token and its length. Offsets that are out of order do not lead out of the tokens."""
-    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + item), 0), tokens)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + item + 1), start), tokens)
-    return start.to(tl.int64), end - start
 
 
 @triton.jit
@@ -138,21 +131,26 @@ def _varlen_bwd_kernel(
             fill(grad_b_ptr + start_y, M, 0.0)
 
 
-@triton.jit(do_not_specialize=["tokens_x", "tokens_y", "longest_x", "longest_y"])
+@triton.jit(do_not_specialize=["tokens_x", "tokens_y", "longest_x", "longest_y", "most_x", "most_y"])
 def _varlen_matrix_kernel(
-    packed_ptr, padded_ptr, error_ptr, cu_seqlens_x_ptr, cu_seqlens_y_ptr, tokens_x, tokens_y, longest_x, longest_y,
+    packed_ptr, padded_ptr, error_ptr, cu_seqlens_x_ptr, cu_seqlens_y_ptr,
+    tokens_x, tokens_y, longest_x, longest_y, most_x, most_y,
     PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Programs (item, block of rows): matrices of packed items from padded ones [B, longest_x, longest_y] if PACK,
-    or into them: zero beyond an item, and NaN all over where its ``error_ptr`` is, or it is longer than announced."""
+    or into them: zero beyond an item, and NaN all over where its ``error_ptr`` is, or it is longer than announced.
+
+    Those of items that no tile on chip holds are read and written where they are padded.
+    """
     item = tl.program_id(0).to(tl.int64)
     start_x, N = span(cu_seqlens_x_ptr, item, tokens_x)
     _, M = span(cu_seqlens_y_ptr, item, tokens_y)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     packed_ptr += start_x * longest_y
     padded_ptr += item * longest_x * longest_y
+    on_chip = (N <= most_x) & (M <= most_y)
     fits = (N <= longest_x) & (M <= longest_y)
-    rows_inside = rows < tl.where(fits, N, 0)
+    rows_inside, rows_there = rows < tl.where(on_chip, N, 0), rows < tl.where(fits & ~on_chip, N, 0)
     for start in range(0, longest_y, BLOCK_M):
         columns = start + tl.arange(0, BLOCK_M)
         packed = rows[:, None] * M + columns[None, :]
@@ -162,4 +160,6 @@ def _varlen_matrix_kernel(
             tl.store(packed_ptr + packed, tl.load(padded_ptr + padded, mask=inside, other=0.0), mask=inside)
         else:
             matrix = tl.load(packed_ptr + packed, mask=inside, other=0.0) + tl.load(error_ptr + item) * 0.0
-            tl.store(padded_ptr + padded, matrix, mask=(rows < longest_x)[:, None] & (columns < longest_y)[None, :])
+            there = rows_there[:, None] & (columns < M)[None, :]
+            room = (rows < longest_x)[:, None] & (columns < longest_y)[None, :]
+            tl.store(padded_ptr + padded, matrix, mask=room & ~there)

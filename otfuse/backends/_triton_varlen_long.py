@@ -1,113 +1,118 @@
-"""Launches for packed items that fit no tile on chip: three forward, three backward, whatever their number.
+"""Packed items that fit no tile on chip: by the kernels of padded batches beyond the chip, over the blocks of the long.
 
-Their matrices take room for [T_x, longest_y], which is at least all that the items need; no other is bounded by what
-the host knows. The device code is in ``otfuse.kernels.triton.varlen_long`` and ``varlen_long_backward``.
+A launch has as many programs as the tokens allow long items to have blocks, and a table, made on the device, of which
+block of which item each takes; those that are left over leave. So the launches are those of one padded batch, whatever
+the lengths are (docs/performance.md#packed-tokens), and an item's rows are spread over the device.
 
-Letters: B batch, T_x and T_y tokens of all items, D features.
+Letters: B batch, T_x and T_y tokens of all items.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from otfuse.backends._triton_launch import launch
+from otfuse.backends._triton_paths import Path, choose
+from otfuse.backends.triton_large import Adjoint, Solve
 
 if TYPE_CHECKING:
     from otfuse.backends.triton_varlen import Packed
 
-# By bytes of a number of the solve: the tile of products and attends; of the rounds, which have no features; and of the
-# gradients of tokens, where three matrices meet.
-LONG_TILE = {8: (32, 32), 4: (64, 64)}
-LINES_TILE = {8: (16, 64), 4: (32, 128)}
-LONG_TILE_BACKWARD = {8: (32, 32), 4: (64, 32)}
+TABLE = 8  # of places.py: numbers a row
+MADE = {"PLACES": 64, "ITEMS": 64, "num_warps": 4}  # rows a program makes, items it looks at together
 
-VECTORS_X, VECTORS_Y = 5, 6  # of either side, in which the backward keeps what the rounds leave
+
+class LongItems:
+    """Those of a packed batch that no tile holds, to ``triton_large.Solve`` what ``Padded`` is."""
+
+    def __init__(self, items: Packed) -> None:
+        self.items = items
+        self.B, self.N, self.M = items.B, items.longest_x, items.longest_y
+        self.tables: dict[tuple[int, int, int, bool], tuple[int, Tensor]] = {}
+
+    def tokens(self) -> tuple[int, int]:
+        return len(self.items.x), len(self.items.y)
+
+    def blocks(self, rows: int, columns: int, strip: int, swapped: bool) -> tuple[int, Tensor]:
+        key = rows, columns, strip, swapped
+        if key not in self.tables:
+            self.tables[key] = self._table(*key)
+        return self.tables[key]
+
+    def most(self) -> int:
+        """No more items than this are long: each has more tokens than a tile holds."""
+        tokens, longest, held = self.tokens(), (self.N, self.M), self.items.on_chip()
+        on_sides = (of // (most + 1) if most < long else 0 for of, long, most in zip(tokens, longest, held))
+        return min(self.B, sum(on_sides))
+
+    def num_blocks(self, rows: int, columns: int, swapped: bool) -> int:
+        """No fewer than the long items have: of each the last may be all but empty."""
+        if not rows + columns:
+            return self.most()
+        tokens = self.tokens()[::-1] if swapped else self.tokens()
+        return sum((of + self.most() * (size - 1)) // size for of, size in zip(tokens, (rows, columns)) if size)
+
+    def _table(self, rows: int, columns: int, strip: int, swapped: bool) -> tuple[int, Tensor]:
+        of, side = self.items, -1 if swapped else 1
+        programs = self.num_blocks(rows, columns, swapped)
+        table = of.x.new_empty(programs, TABLE, dtype=torch.int32)
+        ends, tokens = (of.cu_seqlens_x, of.cu_seqlens_y)[::side], self.tokens()[::side]
+        sizes = *tokens, *(self.N, self.M)[::side], *of.on_chip()[::side]
+        constants = {"ROWS": rows, "COLUMNS": columns, "STRIP": max(strip, 1), **MADE}
+        grid = (-(-programs // MADE["PLACES"]),)
+        launch(_kernel(), grid, (*ends, table, self.B, *sizes, programs), constants, of.x.device)
+        return programs, table
+
+
+def _source(items: Packed, memory: int) -> bool:
+    """Whether the similarity is stored: as for one padded item of all rows against the longest columns."""
+    return choose(1, len(items.x), items.longest_y, items.D, items.x.dtype, memory) is not Path.RECOMPUTED
 
 
 def launch_long(
-    items: Packed, matrix: Tensor, outputs: tuple[Any, ...], cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, history: int, precision: str,
+    items: Packed, outputs: tuple[Any, ...], cosine: bool, barycentric: bool, scale: float, num_iters: int, tol: float,
+    keep: int, precision: str, memory: int,
 ) -> None:  # fmt: skip
-    """The log kernel in ``matrix``, the rounds, which leave the plan there, and both attends."""
-    x_out, y_out, *solution, kept = outputs
-    where, sizes = (items.cu_seqlens_x, items.cu_seqlens_y, items.a, items.b), items.long_sizes()
-    _launch_products(items, (None, None, matrix, None, None, None, None), cosine, scale, precision)
-    arguments = (
-        matrix, *where, items.x.new_empty(len(items.x), dtype=items.solve_dtype), *solution, kept,
-        *sizes, scale, num_iters, tol,
-    )  # fmt: skip
-    lines: dict[str, Any] = {"STOPS": tol > 0, "HISTORY": history, **_lines(items)}
-    launch(_kernels().rounds, (items.B,), arguments, lines, items.x.device)
-    tokens = matrix, items.x, items.y, *where, x_out, y_out, solution[2]
-    blocks = items.long_blocks(LONG_TILE)
-    arguments = (*tokens, *sizes, _blocks_x(items, blocks), items.D)
-    constants: dict[str, Any] = {"BARYCENTRIC": barycentric, "PRECISION": precision, **blocks}
-    launch(_kernels().attend, (items.B, _blocks_of_tokens(items, blocks)), arguments, constants, items.x.device)
+    """Into ``outputs``: x, y, the padded plan or None, f, g, marginal error, rounds, history or None."""
+    x_out, y_out, plan, *solution = outputs
+    solve = Solve(items.x, items.y, None, items.a, items.b, cosine, scale, precision, places=LongItems(items))
+    if _source(items, memory):
+        solve.store(items.matrix())
+    solve.rounds(num_iters, tol, solution, keep)
+    if plan is not None:
+        solve.matrices(plan, None)
+    solve.attend(barycentric, x_out, y_out)
 
 
 def launch_long_backward(
-    items: Packed, rounds: Tensor, history: Tensor, grads: tuple[Tensor | None, ...], gradients: tuple[Any, ...],
-    cosine: bool, barycentric: bool, scale: float, num_iters: int, mode: int, precision: str,
+    items: Packed, kept: tuple[Tensor, Tensor], grads: tuple[Tensor | None, ...], gradients: tuple[Any, ...],
+    cosine: bool, barycentric: bool, scale: float, num_iters: int, mode: int, precision: str, memory: int,
 ) -> None:  # fmt: skip
-    """``grads``: of x, y, packed plan, f and g; ``gradients``: room for those of x, y, a and b, None if unwanted."""
-    grad_x_out, grad_y_out, grad_plan, grad_f, grad_g = grads
-    matrices = [items.matrix() for _ in range(3)]  # the log kernel, and what comes from either side's gradient
-    new, dtype = items.x.new_empty, items.solve_dtype
-    inverses = new(len(items.x), dtype=dtype), new(len(items.y), dtype=dtype)
-    _launch_products(items, (grad_x_out, grad_y_out, *matrices, *inverses), cosine, scale, precision)
-    where, sizes = (items.cu_seqlens_x, items.cu_seqlens_y, items.a, items.b), items.long_sizes()
-    vectors = new(VECTORS_X, len(items.x), dtype=dtype), new(VECTORS_Y, len(items.y), dtype=dtype)
-    arguments = (
-        *matrices, grad_plan, *where, rounds, history, grad_f, grad_g, *gradients[2:], *vectors,
-        *sizes, scale, num_iters,
+    """``grads``: of x, y, padded plan, f and g; ``gradients``: room for those of x, y, a and b, None if unwanted."""
+    grad_x, grad_y, grad_plan, grad_f, grad_g = grads
+    adjoint = Adjoint(
+        items.x, items.y, None, items.a, items.b, cosine, scale, precision, places=LongItems(items),
+        barycentric=barycentric, mode=mode, num_iters=num_iters, kept=kept,
+        grads=(grad_x, grad_y, grad_plan, None, grad_f, grad_g),
     )  # fmt: skip
-    lines = {"BARYCENTRIC": barycentric, "MODE": mode, **_lines(items)}
-    launch(_kernels().rounds_bwd, (items.B,), arguments, lines, items.x.device)
-    blocks = items.long_blocks(LONG_TILE_BACKWARD, "varlen_long_backward")
-    arguments = (
-        *matrices, items.x, items.y, *where, *inverses, grad_x_out, grad_y_out, *gradients[:2],
-        *sizes, _blocks_x(items, blocks), items.D, scale,
-    )  # fmt: skip
-    constants = {"COSINE": cosine, "BARYCENTRIC": barycentric, "PRECISION": precision, **blocks}
-    launch(_kernels().tokens_bwd, (items.B, _blocks_of_tokens(items, blocks)), arguments, constants, items.x.device)
-
-
-def _launch_products(items: Packed, matrices: tuple[Any, ...], cosine: bool, scale: float, precision: str) -> None:
-    blocks = items.long_blocks(LONG_TILE)
-    arguments = (*items.tensors(), *matrices, *items.long_sizes(), items.D, scale)
-    constants = {"COSINE": cosine, "PRECISION": precision, **blocks}
-    launch(_kernels().products, (items.B, _blocks_x(items, blocks)), arguments, constants, items.x.device)
-
-
-def _blocks_x(items: Packed, blocks: dict[str, int]) -> int:
-    return -(-items.longest_x // blocks["BLOCK_N"])
-
-
-def _blocks_of_tokens(items: Packed, blocks: dict[str, int]) -> int:
-    return _blocks_x(items, blocks) - (-items.longest_y // blocks["BLOCK_N"])
-
-
-def _lines(items: Packed) -> dict[str, int]:
-    return {name: size for name, size in items.long_blocks(LINES_TILE).items() if name != "BLOCK_D"}
-
-
-class Kernels(NamedTuple):
-    products: Any
-    rounds: Any
-    attend: Any
-    rounds_bwd: Any
-    tokens_bwd: Any
+    stored = _source(items, memory)
+    if stored:
+        adjoint.store(items.matrix())
+    adjoint.solve()
+    made = items.matrix() if stored else None
+    if made is not None:
+        adjoint.matrix_gradient(made)
+    adjoint.token_gradients(made, *gradients[:2])
+    adjoint.weight_gradients(*gradients[2:])
 
 
 @cache
-def _kernels() -> Kernels:
+def _kernel() -> Any:
     """Imported at the first launch: ``import otfuse`` does not import Triton."""
-    from otfuse.kernels.triton import varlen_long, varlen_long_backward
+    from otfuse.kernels.triton import places
 
-    forward = varlen_long._varlen_products_kernel, varlen_long._varlen_rounds_kernel, varlen_long._varlen_attend_kernel
-    return Kernels(
-        *forward, varlen_long_backward._varlen_rounds_bwd_kernel, varlen_long_backward._varlen_tokens_bwd_kernel
-    )
+    return places._table_kernel

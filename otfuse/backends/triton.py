@@ -19,7 +19,7 @@ from torch import Tensor
 from otfuse import fused_ops, ops
 from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
-from otfuse.backends._triton_paths import LONGEST_SIDE, Path, choose, tile_side
+from otfuse.backends._triton_paths import Path, choose, tile_side
 from otfuse.backends.base import Backend, is_installed
 from otfuse.backends.triton_large import (
     launch_attend_large,
@@ -56,12 +56,9 @@ class TritonBackend(Backend):
         return reasons
 
     def unsupported(self, problem: Problem) -> list[str]:
-        reasons = []
-        if not (INTERPRETED and problem.values.device.type == "cpu"):
-            reasons += super().unsupported(problem)
-        if isinstance(problem, VarlenProblem):
-            return reasons + _too_much_memory(problem)
-        return reasons
+        if INTERPRETED and problem.values.device.type == "cpu":
+            return []
+        return super().unsupported(problem)
 
     def sinkhorn(self, problem: Problem) -> SinkhornOutput:
         assert problem.cost is not None
@@ -89,22 +86,6 @@ class TritonBackend(Backend):
         options = (*packing, *kinds, *_solve_options(problem, 1), history, problem.return_plan)
         x, y, plan, *solution = ops.call(op, *inputs, *options)
         return SinkhornAttendOutput(x, y, plan.to(x.dtype) if problem.return_plan else None, *solution[:4])
-
-
-def _too_much_memory(problem: VarlenProblem) -> list[str]:
-    """Packed items that fit no tile on chip have their matrices in memory: one forward, and three in the backward."""
-    assert problem.x is not None
-    _, N, M = problem.shape
-    size, tokens = problem.solve_dtype.itemsize, problem.x.shape[0]
-    if LONGEST_SIDE[size] >= N and LONGEST_SIDE[size] >= M:
-        return []
-    needed, memory = 3 * tokens * M * size, memory_of(problem.x.device)
-    if needed <= memory // 2:
-        return []
-    return [
-        f"{tokens} tokens of x against up to {M} of y take {needed / 2**30:.1f} GiB for kernel matrices, gradient "
-        f"included (at most half of the device's {memory / 2**30:.1f} GiB; fewer items at a time take less)"
-    ]
 
 
 def _solve_options(problem: Problem, sign: int) -> tuple[Any, ...]:

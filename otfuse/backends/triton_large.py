@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from otfuse.backends._triton_launch import launch, on, wanted
 from otfuse.fused_ops import DETACH, IMPLICIT, UNROLL
+
+if TYPE_CHECKING:
+    from otfuse.backends._triton_varlen_long import LongItems
 
 LINES = 256  # of an item, to a program that does not look at the matrix
 WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
@@ -72,31 +75,54 @@ def _backward() -> Any:
 ROUND, START, STEP, END = range(4)
 
 
+class Padded(NamedTuple):
+    """B items of N x M. Packed ones, of lengths of their own, have the same methods (``_triton_varlen_long.py``)."""
+
+    B: int
+    N: int
+    M: int
+
+    def tokens(self) -> tuple[int, int]:
+        """Of all items, on either side."""
+        return self.B * self.N, self.B * self.M
+
+    def blocks(self, rows: int, columns: int, strip: int, swapped: bool) -> tuple[int, Tensor | None]:
+        """Programs for every block of so many rows and of so many columns of every item, zero of both is one an item;
+        and the table of them (``kernels/triton/places.py``), which padded items do without."""
+        if not rows + columns:
+            return self.B, None
+        N, M = (self.M, self.N) if swapped else (self.N, self.M)
+        return self.B * ((-(-N // rows) if rows else 0) + (-(-M // columns) if columns else 0)), None
+
+
 class Solve:
     """A batch under way: what is streamed, and the state of the rounds.
 
     What a launch needs beyond inputs and outputs is made here and in Adjoint: O(B T (N + M)) numbers, B P M for the
-    strips' parts of the sums over columns, and B N M in one case only, for tokens on the path STORED.
+    strips' parts of the sums over columns, and B N M in one case only, for tokens on the path STORED. N and M are those
+    of the longest item, if the items are packed (``places``).
     """
 
     def __init__(
         self, x: Tensor | None, y: Tensor | None, matrix: Tensor | None, a: Tensor | None, b: Tensor | None,
-        cosine: bool, scale: float, precision: str,
+        cosine: bool, scale: float, precision: str, *, places: Padded | LongItems | None = None,
     ) -> None:  # fmt: skip
         values = x if matrix is None else matrix
         assert values is not None
         self.x, self.y, self.matrix, self.a, self.b = x, y, matrix, a, b
         self.scale, self.precision, self.device = scale, precision, values.device
-        self.B, self.N = values.shape[:2]
-        self.M = y.shape[1] if y is not None else values.shape[2]
-        self.D = 0 if x is None else x.shape[2]
+        M = values.shape[-1] if y is None else y.shape[-2]
+        self.places = places or Padded(values.shape[0], values.shape[1], M)
+        self.B, self.N, self.M = self.places.B, self.places.N, self.places.M
+        self.rows, self.columns = self.places.tokens()
+        self.D = 0 if x is None else x.shape[-1]
         self.tokens = values.dtype if x is None else x.dtype
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         self.values = values
-        lines = self.B, self.N + self.M
-        self.weights, self.exponent, self.scaling = (self.new(*lines) for _ in range(3))
+        self.lines = self.rows + self.columns
+        self.weights, self.exponent, self.scaling = (self.new(self.lines) for _ in range(3))
         self.items = self.new(self.B, 4)
-        self.inverse = self.new(*lines) if cosine and x is not None else None
+        self.inverse = self.new(self.lines) if cosine and x is not None else None
         self._weigh()
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -109,22 +135,31 @@ class Solve:
         if 0 not in programs:  # tokens without features
             launch(kernel, programs, arguments, constants, self.device)
 
-    def row_programs(self, BLOCK_N: int) -> int:
-        return self.B * -(-self.N // BLOCK_N)
+    def launch_blocks(
+        self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], *others: int,
+        rows: int = 0, columns: int = 0, strip: int = 0,
+    ) -> None:  # fmt: skip
+        """With programs for blocks of so many rows and columns, and ``others`` for each of them.
 
-    def line_programs(self) -> tuple[int]:
-        return (self.B * (-(-self.N // LINES) - (-self.M // LINES)),)
+        ``strip``: rows of the strips of which a program gathers what they have found.
+        """
+        programs, table = self.places.blocks(rows, columns, strip or rows, constants.get("SWAPPED", False))
+        self.launch(kernel, (programs, *others), (*arguments, table), constants)
+
+    def launch_lines(self, kernel: Any, arguments: tuple[Any, ...], strip: int, **options: Any) -> None:
+        """With programs for blocks of LINES rows and columns."""
+        constants = {**options, "BLOCK": LINES, "num_warps": 4}
+        self.launch_blocks(kernel, arguments, constants, rows=LINES, columns=LINES, strip=strip)
 
     def _weigh(self) -> None:
         passed = self.a, self.b, self.weights, self.items, self.N, self.M
-        self.launch(_kernels()._weights_kernel, (self.B,), passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
+        self.launch_blocks(_kernels()._weights_kernel, passed, {"BLOCK": WHOLE_LINES, "num_warps": 4})
         if self.inverse is None:
             return
-        sides = (self.x, self.N, self.M, 0), (self.y, self.M, self.N, self.N)
-        constants = {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
-        for tokens, size, other, first in sides:
-            arguments = tokens, self.weights, self.inverse, size, other, self.D, first
-            self.launch(_kernels()._norms_kernel, (self.B * -(-size // 16),), arguments, constants)
+        for tokens, size, other, swapped in ((self.x, self.N, self.M, False), (self.y, self.M, self.N, True)):
+            constants = {"SWAPPED": swapped, "BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
+            arguments = tokens, self.weights, self.inverse, size, other, self.D
+            self.launch_blocks(_kernels()._norms_kernel, arguments, constants, rows=16)
 
     def source(self) -> tuple[Any, ...]:
         """The first arguments of every kernel that looks at the matrix: tokens or the matrix, and inverse norms."""
@@ -140,12 +175,14 @@ class Solve:
     def matrices(self, plan: Tensor | None, similarity: Tensor | None) -> None:
         """Writes what is wanted of the two [B, N, M]."""
         constants = self.constants()
-        programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
         arguments = (
             *self.source(), self.exponent, self.scaling, self.items, plan, similarity,
             self.N, self.M, self.D, self.M, self.scale,
         )  # fmt: skip
-        self.launch(_kernels()._matrix_kernel, programs, arguments, constants)
+        self.launch_tiles(_kernels()._matrix_kernel, arguments, constants)
+
+    def launch_tiles(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.launch_blocks(kernel, arguments, constants, -(-self.M // constants["BLOCK_M"]), rows=constants["BLOCK_N"])
 
     def store(self, similarity: Tensor) -> None:
         """From here on the similarity is streamed from here, not made of the tokens."""
@@ -154,29 +191,35 @@ class Solve:
 
     def start(self, history: Tensor | None = None, rounds: Tensor | None = None) -> None:
         """The first exponents, and room for what the strips of an item find."""
-        self.P = -(-self.N // self.blocks().BLOCK_N)
-        self.part, self.found = self.new(self.B, self.P, self.M), self.new(self.B, self.P)
-        self.new_u, self.first = self.new(self.B, self.N), self.new(self.B, self.N + self.M)
+        self.strip_rows = self.blocks().BLOCK_N
+        self.P = -(-self.N // self.strip_rows)
+        strips = self.num_strips(self.strip_rows)
+        self.part, self.found = self.new(strips, self.M), self.new(strips)
+        self.new_u, self.first = self.new(self.rows), self.new(self.lines)
         self.stopped = self.new(self.B, dtype=torch.int32)
         self.rounds_run = self.new(self.B, dtype=torch.int32) if rounds is None else rounds
         self.history = history
         self.strip(-1, FIRST=True, LAST=False)
         self.gather(-1, 0, -1.0, FIRST=True, HISTORY=0)
 
+    def num_strips(self, rows: int) -> int:
+        """Of all items."""
+        return self.places.blocks(rows, 0, rows, False)[0]
+
     def strip(self, t: int, **phase: bool) -> None:
         arguments = (
             *self.source(), self.exponent, self.scaling, self.new_u, self.part, self.found, self.stopped,
             self.N, self.M, self.D, self.M, self.scale, t,
         )  # fmt: skip
-        self.launch(_kernels()._strip_kernel, (self.B * self.P,), arguments, self.constants(**phase))
+        self.launch_blocks(_kernels()._strip_kernel, arguments, self.constants(**phase), rows=self.strip_rows)
 
     def gather(self, t: int, num_iters: int, tol: float, FIRST: bool, HISTORY: int) -> None:
         arguments = (
             self.weights, self.exponent, self.first, self.scaling, self.new_u, self.part, self.found, self.items,
             self.stopped, self.rounds_run, self.history, self.N, self.M, self.P, t, num_iters, tol,
         )  # fmt: skip
-        constants = {"FIRST": FIRST, "STOPS": tol > 0, "HISTORY": HISTORY, "BLOCK": LINES, "num_warps": 4}
-        self.launch(_kernels()._gather_kernel, self.line_programs(), arguments, constants)
+        options = {"FIRST": FIRST, "STOPS": tol > 0, "HISTORY": HISTORY}
+        self.launch_lines(_kernels()._gather_kernel, arguments, self.strip_rows, **options)
 
     def rounds(self, num_iters: int, tol: float, solution: Sequence[Tensor], keep: int) -> None:
         """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
@@ -190,25 +233,29 @@ class Solve:
             self.weights, self.exponent, self.first, self.scaling, self.found, self.items, f, g, error, rounds,
             self.history, self.N, self.M, self.P, num_iters, self.scale,
         )  # fmt: skip
-        constants = {"HISTORY": keep, "BLOCK": LINES, "num_warps": 4}
-        self.launch(_kernels()._finish_kernel, self.line_programs(), arguments, constants)
+        self.launch_lines(_kernels()._finish_kernel, arguments, self.strip_rows, HISTORY=keep)
 
     def attend(self, barycentric: bool, x_out: Tensor, y_out: Tensor) -> None:
-        N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
+        N, M = self.N, self.M
         _, _, matrix, inverse, weights = self.source()
         sides = (
-            (self.x, self.y, x_out, N, M, (M, 1), (0, N)),
-            (self.y, self.x, y_out, M, N, (1, M), (N, 0)),
+            (self.x, self.y, x_out, N, M, (M, 1), False),
+            (self.y, self.x, y_out, M, N, (1, M), True),
         )
-        for x, y, out, rows, columns, strides, places in sides:
+        for x, y, out, rows, columns, strides, swapped in sides:
             # Tensor cores multiply, wherever the plan comes from.
-            constants = with_features(self.constants("attend", BARYCENTRIC=barycentric), width)
-            programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
+            constants = self.constants("attend", SWAPPED=swapped, BARYCENTRIC=barycentric)
             arguments = (
                 x, y, matrix, inverse, weights, self.exponent, self.scaling, self.items, out,
-                rows, columns, self.D, *strides, *places, self.scale,
+                rows, columns, self.D, *strides, self.scale,
             )  # fmt: skip
-            self.launch(_kernels()._attend_kernel, programs, arguments, constants)
+            self.launch_features(_kernels()._attend_kernel, arguments, constants)
+
+    def launch_features(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """With programs for blocks of rows and, of each, of features."""
+        width = ATTENDED[self.tokens.itemsize]
+        programs = -(-self.D // width)
+        self.launch_blocks(kernel, arguments, with_features(constants, width), programs, rows=constants["BLOCK_N"])
 
 
 def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
@@ -254,15 +301,15 @@ class Adjoint(Solve):
     """The backward of a batch: gradients that come in, and the state of the adjoint rounds."""
 
     def __init__(self, *problem: Any, barycentric: bool, mode: int, num_iters: int, kept: tuple[Tensor, Tensor],
-                 grads: Sequence[Tensor | None]) -> None:  # fmt: skip
+                 grads: Sequence[Tensor | None], places: Padded | LongItems | None = None) -> None:  # fmt: skip
         """``problem``: as for Solve; ``grads``: of x, y, plan, similarity, f, g, None where there is none."""
-        super().__init__(*problem)
+        super().__init__(*problem, places=places)
         self.barycentric, self.mode, self.num_iters = barycentric, mode, num_iters
         self.kept = kept  # rounds and history
         self.grad_x, self.grad_y, self.grad_plan, self.grad_similarity, self.grad_f, self.grad_g = grads
-        self.total = self.new(self.B, self.N + self.M) if mode != DETACH else None
-        self.pull = self.new(self.B, num_iters, self.N + self.M) if mode == UNROLL else None
-        self.attended = self.new(self.B, self.N + self.M) if barycentric else None
+        self.total = self.new(self.lines) if mode != DETACH else None
+        self.pull = self.new(num_iters * self.lines) if mode == UNROLL else None
+        self.attended = self.new(self.lines) if barycentric else None
 
     def modes(self, **more: Any) -> dict[str, Any]:
         return {**more, "MODE": self.mode, "BARYCENTRIC": self.barycentric}
@@ -280,22 +327,22 @@ class Adjoint(Solve):
         self.start()  # a history is relative to the first exponents, which come out as they did in the forward
         if self.mode == DETACH and not self.barycentric:
             return
-        B, N, M, kinds = self.B, self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1
+        N, M, kinds = self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1
         constants = self.constants(self.meeting(), **self.modes())
-        P = -(-N // constants["BLOCK_N"])
-        rows, part = self.new(kinds, B, N), self.new(kinds, B, P, M)
-        start, sums = self.new(B, N + M), self.new(B, N + M) if self.mode == IMPLICIT else None
+        strip = constants["BLOCK_N"]
+        P, strips = -(-N // strip), self.num_strips(strip)
+        rows, part = self.new(kinds, self.rows), self.new(kinds, strips, M)
+        start, sums = self.new(self.lines), self.new(self.lines) if self.mode == IMPLICIT else None
         arguments = (
             *self.tokens_and_gradients(), *self.kept, self.first, rows, part,
-            N, M, self.D, M, self.scale, self.num_iters,
+            N, M, self.D, M, self.rows, self.scale, self.num_iters,
         )  # fmt: skip
-        self.launch(_backward()._start_kernel, (B * P,), arguments, constants)
+        self.launch_blocks(_backward()._start_kernel, arguments, constants, rows=strip)
         arguments = (
             self.weights, self.grad_f, self.grad_g, self.kept[0], rows, part, start, self.attended, sums, self.pull,
-            self.total, N, M, P, self.scale, self.num_iters,
+            self.total, N, M, P, self.rows, strips, self.scale, self.num_iters,
         )  # fmt: skip
-        constants = {**self.modes(), "BLOCK": LINES, "num_warps": 4}
-        self.launch(_backward()._started_kernel, self.line_programs(), arguments, constants)
+        self.launch_lines(_backward()._started_kernel, arguments, strip, **self.modes())
         if self.mode == UNROLL:
             self.unroll(start)
         elif self.mode == IMPLICIT:
@@ -306,8 +353,8 @@ class Adjoint(Solve):
             *self.source(), *self.kept, self.first, start, sums, pull, self.total, done, self.part,
             self.N, self.M, self.D, self.M, self.scale, self.num_iters, t,
         )  # fmt: skip
-        programs = (self.row_programs(self.blocks().BLOCK_N),)
-        self.launch(_backward()._adjoint_strip_kernel, programs, arguments, self.constants(PHASE=phase))
+        constants = self.constants(PHASE=phase)
+        self.launch_blocks(_backward()._adjoint_strip_kernel, arguments, constants, rows=self.strip_rows)
 
     def unroll(self, start: Tensor) -> None:
         for t in reversed(range(self.num_iters)):
@@ -317,13 +364,12 @@ class Adjoint(Solve):
                     self.weights, self.kept[0], self.part, self.pull, self.total,
                     self.N, self.M, self.P, self.num_iters, t,
                 )  # fmt: skip
-                programs = (self.B * -(-self.M // LINES),)
-                constants = {"BLOCK": LINES, "num_warps": 4}
-                self.launch(_backward()._adjoint_gather_kernel, programs, arguments, constants)
+                constants, of = {"BLOCK": LINES, "num_warps": 4}, {"columns": LINES, "strip": self.strip_rows}
+                self.launch_blocks(_backward()._adjoint_gather_kernel, arguments, constants, **of)
 
     def implicit(self, start: Tensor, sums: Any) -> None:
         numbers = self.new(self.B, 4)
-        mapped, residual, direction = (self.new(self.B, self.M) for _ in range(3))
+        mapped, residual, direction = (self.new(self.columns) for _ in range(3))
         done = self.new(self.B, dtype=torch.int32)
         arguments = (
             start, sums, self.part, mapped, residual, direction, self.total, numbers, done, self.N, self.M, self.P,
@@ -331,53 +377,45 @@ class Adjoint(Solve):
         for step in range(1 + num_steps(self.M, self.num_iters)):
             self.adjoint_strip(STEP if step else START, 0, start, sums, direction, done)
             constants = {"FIRST": step == 0, "BLOCK": LINES, "num_warps": 4}
-            self.launch(_backward()._gradients_kernel, (self.B,), arguments, constants)
-        # The answer of the columns, in an array of its own.
-        mu = self.total[:, self.N :].contiguous()  # type: ignore[index]
-        self.adjoint_strip(END, 0, start, sums, mu, done)
+            self.launch_blocks(_backward()._gradients_kernel, arguments, constants, strip=self.strip_rows)
+        self.adjoint_strip(END, 0, start, sums, self.total, done)
 
     def matrix_gradient(self, grad: Tensor) -> None:
         """Writes the gradient of the similarity or the cost [B, N, M]."""
-        constants = self.constants(self.meeting(), **self.modes())
-        programs = self.row_programs(constants["BLOCK_N"]), -(-self.M // constants["BLOCK_M"])
         arguments = (
             *self.tokens_and_gradients(), *self.kept, self.first, self.pull, self.total, grad,
             self.N, self.M, self.D, self.M, self.scale, self.num_iters,
         )  # fmt: skip
-        self.launch(_backward()._matrix_gradient_kernel, programs, arguments, constants)
+        constants = self.constants(self.meeting(), **self.modes())
+        self.launch_tiles(_backward()._matrix_gradient_kernel, arguments, constants)
 
     def token_gradients(self, grad: Tensor | None, *outputs: Tensor) -> None:
         """Of x and y; from the gradient of the similarity, or where that is None from its tiles, made on the way."""
         _, _, matrix, _, weights = self.source()
-        N, M, width = self.N, self.M, ATTENDED[self.tokens.itemsize]
+        N, M = self.N, self.M
         sides = (
-            (self.x, self.y, self.grad_x, self.grad_y, outputs[0], N, M, (M, 1), (0, N), False),
-            (self.y, self.x, self.grad_y, self.grad_x, outputs[1], M, N, (1, M), (N, 0), True),
+            (self.x, self.y, self.grad_x, self.grad_y, outputs[0], N, M, (M, 1), False),
+            (self.y, self.x, self.grad_y, self.grad_x, outputs[1], M, N, (1, M), True),
         )
-        for x, y, grad_x, grad_y, out, rows, columns, strides, places, swapped in sides:
+        for x, y, grad_x, grad_y, out, rows, columns, strides, swapped in sides:
             constants = self.constants(
                 "gradient", **self.modes(SWAPPED=swapped, COSINE=self.inverse is not None)
             )  # fmt: skip
             arguments = (
                 x, y, matrix, self.inverse, weights, grad_x, grad_y, self.grad_plan, self.grad_similarity,
                 *self.kept, self.first, self.pull, self.total, grad, out,
-                rows, columns, self.D, *strides, *places, self.scale, self.num_iters,
+                rows, columns, self.D, *strides, self.scale, self.num_iters,
             )  # fmt: skip
-            programs = self.B * -(-rows // constants["BLOCK_N"]), -(-self.D // width)
-            self.launch(_backward()._pull_kernel, programs, arguments, with_features(constants, width))
+            self.launch_features(_backward()._pull_kernel, arguments, constants)
 
     def weight_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
-        for grad, size, other, first, which in (
-            (grad_a, self.N, self.M, 0, 2), (grad_b, self.M, self.N, self.N, 3),
-        ):  # fmt: skip
+        for grad, size, other, swapped in ((grad_a, self.N, self.M, False), (grad_b, self.M, self.N, True)):
             if grad is None:
                 continue
-            arguments = (
-                self.weights, self.items, self.kept[1], self.total, self.attended, grad,
-                size, other, first, which, self.num_iters,
-            )  # fmt: skip
-            constants = {"MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
-            self.launch(_backward()._weight_gradient_kernel, (self.B,), arguments, constants)
+            state = self.weights, self.items, self.kept[1], self.total, self.attended
+            arguments = *state, grad, size, other, self.num_iters
+            constants = {"SWAPPED": swapped, "MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
+            self.launch_blocks(_backward()._weight_gradient_kernel, arguments, constants)
 
 
 def num_steps(M: int, num_iters: int) -> int:

@@ -2,7 +2,8 @@
 
 The host knows how long the longest item is, and no more: to look at the others would stall the device. So a large batch
 has a launch for every size that an item may have, and a program for every item in each, which leaves at once if another
-launch solves it. The device code is in ``otfuse.kernels.triton.varlen`` and ``varlen_long``.
+launch solves it. The device code is in ``otfuse.kernels.triton.varlen``. Items that no tile holds are solved as those
+of padded batches are beyond the chip (``_triton_varlen_long.py``).
 
 Letters: B batch, T_x and T_y tokens of all items, D features.
 """
@@ -25,6 +26,7 @@ from otfuse.backends.triton import (
     _history,
     _precision,
     launch_shape,
+    memory_of,
     multiprocessors,
 )
 from otfuse.fused_ops import new_gradients
@@ -111,9 +113,9 @@ class Packed(NamedTuple):
         """Whether an item may be too large for every tile on chip."""
         return self.classes()[0].most != (self.longest_x, self.longest_y)
 
-    def long_sizes(self) -> tuple[int, ...]:
-        """Counts of tokens, lengths, and those that are solved on chip."""
-        return *self.counts(), *self.classes()[0].most
+    def on_chip(self) -> tuple[int, int]:
+        """The longest that are solved on chip."""
+        return self.classes()[0].most
 
     def tensors(self) -> tuple[Any, ...]:
         return self[:6]
@@ -128,9 +130,6 @@ class Packed(NamedTuple):
     def matrix(self) -> Tensor:
         """Room for one number of every entry of every item: [T_x, longest_y]."""
         return self.x.new_empty(len(self.x), self.longest_y, dtype=self.solve_dtype)
-
-    def long_blocks(self, tiles: dict[int, tuple[int, int]], kernel: str = "varlen_long") -> dict[str, int]:
-        return self.blocks(kernel, tiles[self.solve_dtype.itemsize])
 
     def blocks(self, kernel: str, tile: tuple[int, int]) -> dict[str, int]:
         return block_sizes(kernel, str(self.x.dtype).removeprefix("torch."), *tile, target_of(self.x.device))
@@ -166,11 +165,10 @@ def launch_attend_varlen(
             constants = {**options, "PRECISION": _precision(x.dtype), **items.blocks("forward", of.tile)}
             launch(_kernels().attend_fwd, (items.B, parts), arguments, constants, x.device)
         if items.has_long():
-            long_matrix = items.matrix() if matrix is None else matrix
-            made = x_out, y_out, *solution, kept if history else None
+            made = x_out, y_out, padded_plan if plan else None, *solution, kept if history else None
             launch_long(
-                items, long_matrix, made, cosine, barycentric, scale, num_iters, tol, options["HISTORY"],
-                _precision(x.dtype),
+                items, made, cosine, barycentric, scale, num_iters, tol, options["HISTORY"], _precision(x.dtype),
+                memory_of(x.device),
             )  # fmt: skip
         if matrix is not None:
             _move_matrix(items, matrix, padded_plan, solution[2])
@@ -190,24 +188,23 @@ def launch_attend_varlen_backward(
     gradients_wanted = *gradients[:2], *map(wanted, gradients[2:])
     rounds, history = contiguous(rounds, history)
     options = {"COSINE": cosine, "BARYCENTRIC": barycentric, "MODE": grad, "PRECISION": _precision(x.dtype)}
+    packed_grad_plan = None if grad_plan is None else items.matrix()
     with on(x.device):
-        if grad_plan is not None:
-            matrix = items.matrix()
-            _move_matrix(items, matrix, grad_plan)
-            grad_plan = matrix
+        if packed_grad_plan is not None:
+            _move_matrix(items, packed_grad_plan, grad_plan)
         for of in items.classes():
             parts, features = _spread(items, of)
             arguments = (
                 *items.tensors(), rounds, history,
-                grad_x_out, grad_y_out, grad_plan, grad_f, grad_g, *gradients_wanted,
+                grad_x_out, grad_y_out, packed_grad_plan, grad_f, grad_g, *gradients_wanted,
                 *items.sizes(of), items.D, features, scale, num_iters,
             )  # fmt: skip
             constants = {**options, **items.blocks("backward", of.tile)}
             launch(_kernels().attend_bwd, (items.B, parts), arguments, constants, x.device)
         if items.has_long():
             launch_long_backward(
-                items, rounds, history, (grad_x_out, grad_y_out, grad_plan, grad_f, grad_g), gradients_wanted,
-                cosine, barycentric, scale, num_iters, grad, _precision(x.dtype),
+                items, (rounds, history), (grad_x_out, grad_y_out, grad_plan, grad_f, grad_g), gradients_wanted,
+                cosine, barycentric, scale, num_iters, grad, _precision(x.dtype), memory_of(x.device),
             )  # fmt: skip
     return gradients
 
@@ -219,9 +216,9 @@ def _spread(items: Packed, of: SizeClass) -> tuple[int, int]:
 
 
 def _move_matrix(items: Packed, matrix: Tensor, padded: Tensor, error: Tensor | None = None) -> None:
-    """From [B, longest_x, longest_y] to where the kernels have matrices of packed items; with their errors, back."""
+    """From [B, longest_x, longest_y] to where the kernels on chip have matrices of items; with their errors, back."""
     grid = (items.B, -(-items.longest_x // _MOVED["BLOCK_N"]))
-    arguments = matrix, padded, error, items.cu_seqlens_x, items.cu_seqlens_y, *items.counts()
+    arguments = matrix, padded, error, items.cu_seqlens_x, items.cu_seqlens_y, *items.counts(), *items.on_chip()
     if padded.numel():
         launch(_kernels().matrix, grid, arguments, {"PACK": error is None, **_MOVED}, matrix.device)
 
