@@ -59,10 +59,14 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
-    """From a branch backwards to where it leads; without what a loop does only where a warp has diverged."""
+    """From a branch backwards to where it leads; without what a loop does only where a warp has diverged.
+
+    That stands behind the kernel's end, and the way back from there is no loop.
+    """
+    end = min((one.address for one in code if one.mnemonic == "EXIT" and one.always), default=code[-1].address)
     ends: dict[int, int] = {}
     for one in code:
-        if one.target is not None and one.target < one.address:
+        if one.target is not None and one.target < one.address and not (one.always and one.address > end):
             ends[one.target] = max(one.address, ends.get(one.target, 0))
     inner = {
         (start, end) for start, end in ends.items() if not any(start < other and ends[other] <= end for other in ends)

@@ -43,13 +43,11 @@ def launch_sinkhorn_small(
     cost, a, b = contiguous(cost, a, b)
     plan = torch.empty_like(cost)
     *solution, kept = new_like(_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device))
-    if history and not (a is None and b is None):
-        kept.zero_()  # an item without mass keeps nothing: zeros, not whatever was there
     if B > 0:
         blocks = small_blocks(row_of("small", a, b, tol), N, M, cost.dtype, cost.device.type == "cpu")
         mode = 0 if not history else 2 if grad == UNROLL else 1  # attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL
         options = {"STOPS": tol > 0, "HISTORY": mode}
-        arguments = (cost, a, b, plan, *solution, kept if history else None, B, N, M, 1, scale, num_iters, tol)
+        arguments = (cost, a, b, plan, *solution, kept if history else None, B, N, M, 1, scale, 1 / abs(scale), num_iters, tol)
         with on(cost.device):
             launch(_kernels().forward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
     return plan, *solution, kept.t()
@@ -67,7 +65,7 @@ def launch_sinkhorn_small_backward(
         options = {"STOPS": tol > 0, "MODE": grad}
         arguments = (
             cost, a, b, *contiguous(rounds, history.t()), *sent(*grads), gradients[0], *map(wanted, gradients[1:]),
-            B, N, M, 1, scale,
+            B, N, M, 1, scale, 1 / abs(scale),
         )  # fmt: skip
         with on(cost.device):
             launch(_kernels().backward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
