@@ -43,16 +43,17 @@ def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
 @triton.jit
 def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
-    if EXACT and a_ptr is None and b_ptr is None:
-        # Numbers that the compiler knows: with them the conditions on weights go.
-        a, b = tl.full((BLOCK_N, ITEMS), 1 / BLOCK_N, DTYPE), tl.full((BLOCK_M, ITEMS), 1 / BLOCK_M, DTYPE)
-        one = tl.full((ITEMS,), 1.0, DTYPE)
-        return a, b, one, one, one != 0
     lanes = tl.arange(0, ITEMS)[None, :]
     rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
+    if a_ptr is None and b_ptr is None:
+        # Every item's alike, so that the conditions on them are, and where EXACT known to the compiler.
+        one = tl.full((ITEMS,), 1.0, DTYPE)
+        a = tl.where(rows < N, 1 / tl.full((1, ITEMS), N, DTYPE), 0.0)
+        b = tl.where(columns < M, 1 / tl.full((1, ITEMS), M, DTYPE), 0.0)
+        return a, b, one, one, one != 0
     a, total_a = load_weights(a_ptr, first * N + (lanes * N + rows * step), (rows < N) & (lanes < left), DTYPE)
     b, total_b = load_weights(b_ptr, first * M + (lanes * M + columns * step), (columns < M) & (lanes < left), DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
@@ -314,7 +315,7 @@ def _small_fwd_kernel(
     left = tl.minimum(B - first, ITEMS).to(tl.int32)
     lanes = tl.arange(0, ITEMS)
     a, b, total_a, total_b, has_mass = load_marginals(
-        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, EXACT, DTYPE
+        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, DTYPE
     )
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]

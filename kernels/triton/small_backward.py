@@ -190,7 +190,7 @@ def _small_bwd_kernel(
     lanes = tl.arange(0, ITEMS)
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     a, b, total_a, total_b, _has_mass = load_marginals(
-        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, EXACT, DTYPE
+        a_ptr, b_ptr, first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS, DTYPE
     )
     live_x, live_y = a != 0, b != 0
     live = live_x[:, None, :] & live_y[None, :, :]
