@@ -13,7 +13,6 @@ At padding K is one and a scaling zero: no sum is zero but in an item without ma
 
 import triton
 import triton.language as tl
-
 from triton.language.extra import libdevice
 
 from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_scale, log_weights
