@@ -166,6 +166,18 @@ def test_limits_are_read_from_the_rows(monkeypatch):
     lines = gpu_summary.limits(rows)
     assert [line.split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
     assert "14.9 (H200: <= 15)" in lines[0] and "4 (H200: <= 3.5)" in lines[2]
+    small = {"suite": "solve", "size": "many_small", "N": 4, "M": 4, "dtype": "float32"}
+    rows = [
+        row(contender, B=1_048_576, rounds=rounds, **values) | small
+        for rounds, values in (
+            (50, {"share_of_copy": 0.5, "times_ours": 0.5}),
+            (20, {"share_of_copy": 0.81, "times_ours": 9.0}),
+        )
+        for contender in ("otfuse triton", "Liger-Kernel mHC")
+    ]
+    lines = gpu_summary.limits(rows)
+    assert [line.split()[:2] for line in lines] == [["met", "many_small"]] * 2
+    assert "0.81 (H200: >= 0.8)" in lines[0] and "Liger-Kernel over ours: 9" in lines[1]
 
 
 @pytest.mark.parametrize("grad", [None, "unroll"])
