@@ -48,18 +48,36 @@ def test_ways_through_a_loop():
 COUNT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from count_instructions import count
+from collections import Counter
+from count_instructions import loops, machine_code, straight
 if __name__ == "__main__":
-    print(json.dumps([loop.shortest for loop in count("forward, inference", "bfloat16", (64, 32), "sm_90")]))
+    name, dtype, N, M = sys.argv[2:]
+    code = machine_code(name, dtype, (int(N), int(M)), "sm_90")
+    print(json.dumps([[loop.shortest for loop in loops(code)], straight(code), Counter(one.mnemonic for one in code)]))
 """
+
+
+def counted(*arguments):
+    """In a process of its own: the shortest ways through the loops, through the kernel, and all mnemonics."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_round_crosses_the_warps_once():
     """One turn through shared memory: a barrier before it, and one after. Triton's own sums take two (column_sums)."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    similarity, rounds, *attends = json.loads(done.stdout)
+    (similarity, rounds, *attends), _, _ = counted("forward, inference", "bfloat16", 64, 32)
     assert rounds["barriers"] == 2 and rounds["shuffles"] <= 20 and rounds["all"] < 150
     assert similarity["all"] > rounds["all"] and len(attends) == 2
+
+
+def test_a_round_of_a_small_item_is_nothing_but_its_multiply_adds():
+    """16 multiply-adds or products a side, 8 reciprocals, 8 times a weight, 3 of the loop; no other thread is asked."""
+    (rounds, logarithms), whole, mnemonics = counted("small, inference", "float32", 4, 4)
+    assert rounds == {"all": 2 * 16 + 8 + 8 + 3, "special": 8}
+    assert whole["all"] <= 550 and rounds["all"] < 200 < logarithms["all"]
+    # A row of a cost at once, in either form; all but error and rounds is stored so too.
+    loads, stores = ({name: n for name, n in mnemonics.items() if name.startswith(kind)} for kind in ("LDG", "STG"))
+    assert loads == {"LDG.E.128": 8} and stores == {"STG.E": 2, "STG.E.128": 6}
