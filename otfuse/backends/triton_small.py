@@ -49,21 +49,9 @@ def launch_sinkhorn_small(
         mode = 0 if not history else 2 if grad == UNROLL else 1  # attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL
         options = {"STOPS": tol > 0, "HISTORY": mode}
         arguments = (
-            cost,
-            a,
-            b,
-            plan,
-            *solution,
-            kept if history else None,
-            B,
-            N,
-            M,
-            1,
-            scale,
-            1 / abs(scale),
-            num_iters,
-            tol,
-        )
+            cost, a, b, plan, *solution, kept if history else None,
+            B, N, M, 1, scale, 1 / abs(scale), num_iters, tol,
+        )  # fmt: skip
         with on(cost.device):
             launch(_kernels().forward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
     return plan, *solution, kept.t()
