@@ -22,7 +22,7 @@ HISTORY_NONE = tl.constexpr(0)
 HISTORY_LAST = tl.constexpr(1)
 HISTORY_ALL = tl.constexpr(2)
 
-# Items of a program and entries of an item up to which a thread holds an item whole, in one warp.
+# The items of a program whose threads hold one each, and the most entries that these have (HELD of the launcher).
 WARP = tl.constexpr(32)
 WHOLE = tl.constexpr(32)
 
@@ -44,7 +44,10 @@ def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
+    """Both marginals, summing to one; what they were divided by; which items have mass: others are zero on both sides.
+
+    Of uniform ones what they were divided by is one.
+    """
     lanes = tl.arange(0, ITEMS)[None, :]
     rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     if a_ptr is None and b_ptr is None:
@@ -77,7 +80,10 @@ def entries_at(first, left, N, M, step, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
-    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN."""
+    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN.
+
+    All entries ``inside`` are read: with a mask made of weights a thread would read them one by one.
+    """
     high, low = log_scale(scale, DTYPE)
     cost = tl.load(cost_ptr + at, mask=inside, other=0.0).to(DTYPE)
     cost = tl.where(live, cost, 0.0)
@@ -152,7 +158,7 @@ def column_sums(K, u):
 
 @triton.jit
 def power(exponents):
-    """exp2, zero where that is no normal number: in a fourth of the instructions."""
+    """exp2, zero where that would be a subnormal number: one instruction instead of four."""
     if INTERPRETED or exponents.dtype == tl.float64:
         powers = tl.exp2(exponents)
     else:
@@ -208,8 +214,8 @@ def scaling_rounds(
     while more:
         if HISTORY == HISTORY_ALL:
             if t > 0:
-                massive_v = tl.where(has_mass[None, :], v, 0.0)
-                store_kept(history_ptr, t - 1, massive_v, kept, first, left, B, M, BLOCK_M, ITEMS)
+                kept_v = tl.where(has_mass[None, :], v, 0.0)
+                store_kept(history_ptr, t - 1, kept_v, kept, first, left, B, M, BLOCK_M, ITEMS)
         new_u = divide(a, rows)
         new_v = divide(b, column_sums(K, new_u))
         if STOPS:
@@ -229,8 +235,8 @@ def scaling_rounds(
             active = active & ~(error_of(u, rows, a) < tol)
             more = more & is_any(active)
     if HISTORY == HISTORY_LAST:
-        massive_v = tl.where(has_mass[None, :], v_before, 0.0)
-        store_kept(history_ptr, 0, massive_v, kept, first, left, B, M, BLOCK_M, ITEMS)
+        kept_v = tl.where(has_mass[None, :], v_before, 0.0)
+        store_kept(history_ptr, 0, kept_v, kept, first, left, B, M, BLOCK_M, ITEMS)
     if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
         for rest in range(tl.maximum(t, 1), num_iters):
             store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
