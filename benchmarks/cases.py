@@ -25,9 +25,11 @@ class Case:
         return f"{self.name}-{self.B}x{self.N}x{self.M}{tokens}{epsilon}{rounds}"
 
     def solve_traffic(self, itemsize: int = 4, grad: str | None = None) -> int:
-        """Bytes: read the cost, write the plan, once each; a backward reads plan and gradient and writes a gradient."""
+        """Bytes: read the cost, write the plan, potentials, error and rounds, of which a small item has a third as much
+        as of the plan; a backward reads plan and gradient and writes a gradient."""
         matrix = self.B * self.N * self.M * itemsize
-        return 2 * matrix if grad is None else 5 * matrix + self._history(grad)
+        rest = self.B * (max(itemsize, 4) * (self.N + self.M + 1) + 4)
+        return 2 * matrix + rest if grad is None else 5 * matrix + rest + self._history(grad)
 
     def solve_flops(self, grad: str | None = None, rounds: float | None = None) -> int:
         """Two multiply-adds an entry and round; ``unroll`` goes back through them with twice as many."""
@@ -60,8 +62,8 @@ def lavcap(B: int) -> Case:
     return Case("lavcap", B, 64, 20, 768)
 
 
-def many_small(B: int, side: int) -> Case:
-    return Case("many_small", B, side, side, 0)
+def many_small(B: int, side: int, T: int = 50) -> Case:
+    return Case("many_small", B, side, side, 0, T)
 
 
 def equal_work(entries: int, side: int) -> Case:
@@ -76,6 +78,10 @@ MATCHING = Case("matching", 4, 2048, 2048, 256)
 SQUARE = Case("square", 1, 1024, 1024, 768)
 LARGE = tuple(Case("large", 1, side, side, D) for side in (4096, 16384) for D in (64, 768))
 MANY_SMALL = tuple(many_small(B, side) for B in (65_536, 1_048_576) for side in (4, 8))
+# The sides and rounds of hyper-connections, which other kernels are made for; 4 x 4 has a limit (gpu_summary.py).
+HYPER_CONNECTIONS = tuple(
+    many_small(B, side, T=20) for B, side in ((1_048_576, 4), (1_048_576, 2), (65_536, 8), (65_536, 16))
+)
 
 # In the order of importance: a run that is cut short has the first ones.
 CUDA_CASES = (

@@ -1,9 +1,10 @@
-"""What one warp executes in each loop of a kernel, counted in the machine code, without a GPU.
+"""What one warp executes in each loop of a kernel and around it, counted in the machine code, without a GPU.
 
 ``python benchmarks/count_instructions.py [VARIANT …] [--dtype bfloat16] [--tile 64x32] [--target sm_90]`` compiles the
 variants of ahead_of_time.py, disassembles them with the tool that comes with Triton,
-and prints a table: innermost loops in the order of the code, with the shortest and the longest way through each. In the
-rounds those are an item in one piece, and one in the logarithmic form whose scalings are looked at.
+and prints a table: innermost loops in the order of the code, with the shortest and the longest way through each (in the
+rounds those are an item in one piece, and one in the logarithmic form whose scalings are looked at); and the shortest
+way through the kernel, on which each loop is gone through once at most.
 TRITON_INTERPRET must not be set.
 """
 
@@ -59,16 +60,29 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
-    """From a branch backwards to where it leads; without what a loop does only where a warp has diverged."""
+    """From a branch backwards to where it leads; without what a loop does only where a warp has diverged.
+
+    That stands behind the kernel's end, and the way back from there is no loop.
+    """
+    end = _end(code)
     ends: dict[int, int] = {}
     for one in code:
-        if one.target is not None and one.target < one.address:
+        if one.target is not None and one.target < one.address and not (one.always and one.address > end):
             ends[one.target] = max(one.address, ends.get(one.target, 0))
     inner = {
         (start, end) for start, end in ends.items() if not any(start < other and ends[other] <= end for other in ends)
     }
     bodies = [(start, end, [one for one in code if start <= one.address <= end]) for start, end in sorted(inner)]
     return [Loop(start, end, _way(body, min), _way(body, max)) for start, end, body in bodies]
+
+
+def straight(code: Sequence[Instruction]) -> Counter[str]:
+    """The shortest way from a kernel's first instruction to its end; of loops on it, one turn."""
+    return _way([one for one in code if one.address <= _end(code)], min)
+
+
+def _end(code: Sequence[Instruction]) -> int:
+    return min((one.address for one in code if one.mnemonic == "EXIT" and one.always), default=code[-1].address)
 
 
 def _way(body: Sequence[Instruction], best: type[min]) -> Counter[str]:
@@ -97,19 +111,24 @@ def _counted(one: Instruction) -> Counter[str]:
 
 
 def count(name: str, dtype: str, tile: tuple[int, int], target: str, **changed: int) -> list[Loop]:
+    return loops(machine_code(name, dtype, tile, target, **changed))
+
+
+def machine_code(name: str, dtype: str, tile: tuple[int, int], target: str, **changed: int) -> list[Instruction]:
     """Of a variant as the table configures it, but for what is changed."""
     row = Row(name, dtype, tile, target)
     compiled = compile_variant(VARIANTS[name], dtype, configured(row) | changed, target)
-    return loops(instructions(disassemble(compiled.asm["cubin"])))
+    return instructions(disassemble(compiled.asm["cubin"]))
 
 
-def table(name: str, found: Sequence[Loop]) -> list[str]:
+def table(name: str, code: Sequence[Instruction]) -> list[str]:
     """Rows of Markdown; where the two ways through a loop differ, both."""
+    ways = [(str(number), loop.shortest, loop.longest) for number, loop in enumerate(loops(code), 1)]
     lines = []
-    for number, loop in enumerate(found, 1):
-        cells = [name, str(number)]
+    for what, shortest, longest in [*ways, ("whole", straight(code), straight(code))]:
+        cells = [name, what]
         for kind in ("all", *KINDS):
-            least, most = loop.shortest[kind], loop.longest[kind]
+            least, most = shortest[kind], longest[kind]
             cells.append(str(least) if least == most else f"{least} to {most}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -128,7 +147,7 @@ def main() -> None:
     N, M = map(int, options["tile"].split("x"))
     print(f"| loop | | instructions | {' | '.join(KINDS)} |", f"|{' --- |' * (3 + len(KINDS))}", sep="\n")
     for name in options["variants"]:
-        print(*table(name, count(name, options["dtype"], (N, M), options["target"], **changed)), sep="\n")
+        print(*table(name, machine_code(name, options["dtype"], (N, M), options["target"], **changed)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import (
     CUDA_CASES,
+    HYPER_CONNECTIONS,
     LARGE,
     LAVCAP,
     LONG_VIDEO,
@@ -87,8 +88,8 @@ def attends(device: str, full: bool = False) -> list[Measured]:
 
 def solves(device: str, full: bool = False) -> list[Measured]:
     main = lavcap(32)
-    cases = [lavcap(4), main, lavcap(64), SQUARE, *MANY_SMALL[:2]]
-    cases += [] if device == "cpu" else [*MANY_SMALL[2:], LARGE[0], LARGE[2]]
+    cases = [HYPER_CONNECTIONS[0], lavcap(4), main, lavcap(64), SQUARE, *MANY_SMALL[:2]]
+    cases += [] if device == "cpu" else [*HYPER_CONNECTIONS[1:], *MANY_SMALL[2:], LARGE[0], LARGE[2]]
     found = [Measured(case, op="solve") for case in cases]
     found += [Measured(case, grad=grad, op="solve") for case in (lavcap(4), main, SQUARE) for grad in GRADS[:2]]
     found += [Measured(main, kind="random", op="solve"), Measured(main, tol=TOL, op="solve")]
@@ -96,7 +97,7 @@ def solves(device: str, full: bool = False) -> list[Measured]:
     if device != "cpu":
         found += [measured for measured in LIMITED if measured.op == "solve"]
     if full:
-        found += _everything(dict.fromkeys([*LAVCAP, SQUARE, *MANY_SMALL, *LARGE]), "solve")
+        found += _everything(dict.fromkeys([*LAVCAP, SQUARE, *HYPER_CONNECTIONS, *MANY_SMALL, *LARGE]), "solve")
     return _once(measured for measured in found if measured.grad != "detach")  # a plan that is constant has none
 
 

@@ -39,6 +39,12 @@ def test_a_full_run_has_the_whole_table(suite):
     assert len(options) == 4 * 3 * 2 * 2
     solves = {(m.case.name, m.case.B, m.case.N) for m in suite["selection"].solves("cpu", full=True)}
     assert {("many_small", B, side) for B in (65_536, 1_048_576) for side in (4, 8)} <= solves
+    for device in ("cpu", "cuda"):  # timed without --full too
+        found = suite["selection"].solves(device)
+        rounds = {(m.case.B, m.case.N, m.case.T, m.dtype_name) for m in found if m.case.name == "many_small"}
+        assert (1_048_576, 4, 20, "float32") in rounds
+    liger = {side for _, side, T, _ in rounds if T == 20}
+    assert liger == set(suite["packages"].HYPER), "each of the sizes that Liger-Kernel has"
     axes = suite["selection"].axes("cuda")
     ends = {axis: (points[0], points[-1]) for axis in ("B", "N = M", "rounds", "D") if (points := sorted(
         at for name, at, _ in axes if name == axis))}  # fmt: skip

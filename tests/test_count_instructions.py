@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from count_instructions import instructions, loops, table  # noqa: E402
+from count_instructions import instructions, loops, straight, table  # noqa: E402
 
 # A loop within a loop, with a branch around two instructions, one that leaves, one for diverged warps, and a comment.
 SASS = """
@@ -27,32 +27,57 @@ SASS = """
         /*0080*/               @P1 BRA 0x0010 ;
         /*0090*/              @!P2 BRA 0x0000 ;
         /*00a0*/                   EXIT ;
+        /*00b0*/                   SHFL.BFLY PT, R3, R2, 0x2, 0x1f ;
+        /*00c0*/                   BRA 0x0040 ;
 """
 
 
 def test_ways_through_a_loop():
+    """Behind the end stands what diverged warps do, whose way back is no loop."""
     (loop,) = loops(instructions(SASS))
     assert (loop.start, loop.end) == (0x10, 0x80)
     assert loop.shortest == {"all": 5, "shuffles": 1}
     assert loop.longest == {"all": 7, "shuffles": 1, "barriers": 1, "shared": 1}
-    assert table("rounds", [loop]) == ["| rounds | 1 | 5 to 7 | 1 | 0 to 1 | 0 to 1 | 0 |"]
+    assert straight(instructions(SASS)) == {"all": 8, "shuffles": 1}
+    assert table("rounds", instructions(SASS)) == [
+        "| rounds | 1 | 5 to 7 | 1 | 0 to 1 | 0 to 1 | 0 |",
+        "| rounds | whole | 8 | 1 | 0 | 0 | 0 |",
+    ]
 
 
 COUNT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from count_instructions import count
+from collections import Counter
+from count_instructions import loops, machine_code, straight
 if __name__ == "__main__":
-    print(json.dumps([loop.shortest for loop in count("forward, inference", "bfloat16", (64, 32), "sm_90")]))
+    name, dtype, N, M = sys.argv[2:]
+    code = machine_code(name, dtype, (int(N), int(M)), "sm_90")
+    print(json.dumps([[loop.shortest for loop in loops(code)], straight(code), Counter(one.mnemonic for one in code)]))
 """
+
+
+def counted(*arguments):
+    """In a process of its own: the shortest ways through the loops, through the kernel, and all mnemonics."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_round_crosses_the_warps_once():
     """One turn through shared memory: a barrier before it, and one after. Triton's own sums take two (column_sums)."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    similarity, rounds, *attends = json.loads(done.stdout)
+    (similarity, rounds, *attends), _, _ = counted("forward, inference", "bfloat16", 64, 32)
     assert rounds["barriers"] == 2 and rounds["shuffles"] <= 20 and rounds["all"] < 150
     assert similarity["all"] > rounds["all"] and len(attends) == 2
+
+
+def test_a_round_of_a_small_item_is_nothing_but_its_multiply_adds():
+    """16 multiply-adds or products a side, 8 reciprocals, 8 times a weight, 3 of the loop; no other thread is asked."""
+    (rounds, logarithms), whole, mnemonics = counted("small, inference", "float32", 4, 4)
+    assert rounds == {"all": 2 * 16 + 8 + 8 + 3, "special": 8}
+    assert whole["all"] <= 550 and rounds["all"] < 200 < logarithms["all"]
+    # A row of a cost at once, in either form; all but error and rounds is stored so too.
+    loads, stores = ({name: n for name, n in mnemonics.items() if name.startswith(kind)} for kind in ("LDG", "STG"))
+    assert loads == {"LDG.E.128": 8} and stores == {"STG.E": 2, "STG.E.128": 6}

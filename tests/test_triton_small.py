@@ -193,6 +193,24 @@ def test_rounds_that_were_not_run_are_zero_in_the_history(device):
     assert not history.isnan().any()
 
 
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+@pytest.mark.parametrize("tol", [-1.0, 1e-2])
+def test_the_kernel_itself_keeps_zeros_of_items_without_mass(device, monkeypatch, grad, tol):
+    """Of memory that holds anything, and nothing is cleared by a launch of its own."""
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: pytest.fail("a launch before the kernel's"))
+    cost, a, b = mixed(3, 4, device, torch.float32, padded=False)
+    a[2], b[32:] = 0, 0
+    mode = fused_ops.MODES[grad]
+    *_, rounds, history = backend.launch_sinkhorn(cost, a, b, -10.0, 6, tol, mode, True)
+    assert (history[[2, *range(32, B)], 2:] == 0).all() and not history.isnan().any()
+    assert (rounds[[2, *range(32, B)]] == 0).all() and (history[3, 2:] != 0).any()
+    sent = torch.ones_like(cost)
+    for gradient in backend.launch_sinkhorn_backward(
+        cost, a, b, -10.0, 6, tol, mode, rounds, history, sent, None, None
+    ):
+        assert (gradient[[2, *range(32, B)]] == 0).all() and torch.isfinite(gradient).all()
+
+
 def test_schema_and_fake_agree_with_the_kernels(device):
     cost, a, b = mixed(3, 4, device, torch.float32, padded=False)
     cost.requires_grad_()

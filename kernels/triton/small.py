@@ -13,13 +13,18 @@ At padding K is one and a scaling zero: no sum is zero but in an item without ma
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from .rounds import LN2, RANGE32, RANGE64, divide, log_scale, log_weights
+from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_scale, log_weights
 
 # As in attend.py, whose other code is none of this kernel's.
 HISTORY_NONE = tl.constexpr(0)
 HISTORY_LAST = tl.constexpr(1)
 HISTORY_ALL = tl.constexpr(2)
+
+# The items of a program whose threads hold one each, and the most entries that these have (HELD of the launcher).
+WARP = tl.constexpr(32)
+WHOLE = tl.constexpr(32)
 
 
 @triton.jit
@@ -39,9 +44,18 @@ def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
+    """Both marginals, summing to one; what they were divided by; which items have mass: others are zero on both sides.
+
+    Of uniform ones what they were divided by is one.
+    """
     lanes = tl.arange(0, ITEMS)[None, :]
     rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
+    if a_ptr is None and b_ptr is None:
+        # Every item's alike, so that the conditions on them are, and where EXACT known to the compiler.
+        one = tl.full((ITEMS,), 1.0, DTYPE)
+        a = tl.where(rows < N, 1 / tl.full((1, ITEMS), N, DTYPE), 0.0)
+        b = tl.where(columns < M, 1 / tl.full((1, ITEMS), M, DTYPE), 0.0)
+        return a, b, one, one, one != 0
     a, total_a = load_weights(a_ptr, first * N + (lanes * N + rows * step), (rows < N) & (lanes < left), DTYPE)
     b, total_b = load_weights(b_ptr, first * M + (lanes * M + columns * step), (columns < M) & (lanes < left), DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
@@ -65,11 +79,15 @@ def entries_at(first, left, N, M, step, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
 
 
 @triton.jit
-def log_kernel(cost_ptr, at, live, scale, DTYPE: tl.constexpr):
-    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN."""
+def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
+    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN.
+
+    All entries ``inside`` are read: with a mask made of weights a thread would read them one by one.
+    """
     high, low = log_scale(scale, DTYPE)
-    cost = tl.load(cost_ptr + at, mask=live, other=0.0).to(DTYPE)
-    poison = tl.sum(tl.sum(cost * 0.0, 1), 0)
+    cost = tl.load(cost_ptr + at, mask=inside, other=0.0).to(DTYPE)
+    cost = tl.where(live, cost, 0.0)
+    poison = tl.sum(row_sums(cost, tl.zeros((cost.shape[1], cost.shape[2]), DTYPE)), 0)
     return tl.where(live, cost * high + cost * low, float("-inf")), poison
 
 
@@ -82,9 +100,9 @@ def spread(weights):
 
 
 @triton.jit
-def fits_one_piece(L, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
+def fits_one_piece(L, live, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
     """Which items may be solved in scalings, as rounds.fits_one_piece; those without mass may."""
-    smallest = tl.min(tl.min(tl.where(L == float("-inf"), float("inf"), L), 1), 0)
+    smallest = tl.min(tl.min(tl.where(live, L, float("inf")), 1), 0)
     entries = (largest - smallest) * LN2
     limit = RANGE64 if DTYPE == tl.float64 else RANGE32
     whole = entries
@@ -96,13 +114,56 @@ def fits_one_piece(L, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr
 
 
 @triton.jit
+def add_products(sums, K, v):
+    """``sums`` [R, ITEMS], or None, and the products over S of K [R, ITEMS, S] and v [1, ITEMS, S], added one by one.
+
+    So every addition but one is half a multiply-add. ``tl.sum`` adds in a tree, where half of them are not.
+    """
+    R: tl.constexpr = K.shape[0]
+    ITEMS: tl.constexpr = K.shape[1]
+    HALF: tl.constexpr = K.shape[2] // 2
+    if HALF == 0:
+        products = tl.reshape(K * v, (R, ITEMS))
+        sums = products if sums is None else sums + products
+    else:
+        K_even, K_odd = tl.split(tl.reshape(K, (R, ITEMS, HALF, 2)))
+        v_even, v_odd = tl.split(tl.reshape(v, (1, ITEMS, HALF, 2)))
+        sums = add_products(add_products(sums, K_even, v_even), K_odd, v_odd)
+    return sums
+
+
+@triton.constexpr_function
+def is_whole(shape):
+    """Whether a thread holds an item of a tile whole: where a sum crosses threads, ``tl.sum`` is the way."""
+    return shape[2] == WARP.value and shape[0] * shape[1] <= WHOLE.value
+
+
+@triton.jit
 def row_sums(K, v):
-    return tl.sum(K * v[None, :, :], 1)
+    if is_whole(K.shape):
+        sums = add_products(None, tl.permute(K, (0, 2, 1)), tl.permute(v, (1, 0))[None, :, :])
+    else:
+        sums = tl.sum(K * v[None, :, :], 1)
+    return sums
 
 
 @triton.jit
 def column_sums(K, u):
-    return tl.sum(K * u[:, None, :], 0)
+    if is_whole(K.shape):
+        sums = add_products(None, tl.permute(K, (1, 2, 0)), tl.permute(u, (1, 0))[None, :, :])
+    else:
+        sums = tl.sum(K * u[:, None, :], 0)
+    return sums
+
+
+@triton.jit
+def power(exponents):
+    """exp2, zero where that would be a subnormal number: one instruction instead of four."""
+    if INTERPRETED or exponents.dtype == tl.float64:
+        powers = tl.exp2(exponents)
+    else:
+        powers = libdevice.exp2(exponents)
+    return powers
 
 
 @triton.jit
@@ -136,12 +197,13 @@ def store_kept(
 
 @triton.jit
 def scaling_rounds(
-    K, a, b, active, num_iters, tol, history_ptr, first, left, B, M,
+    K, a, b, kept, has_mass, num_iters, tol, history_ptr, first, left, B, M,
     STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Rounds in scalings of K: u, v, K v, and the rounds that were run of each item. Keeps v as it is before a round
-    (but the first), of every round or the last, for items that are ``active`` now; the others come to nothing."""
-    kept = active
+    (but the first), of every round or the last, of items that are ``kept``; without mass, zero. The others come to
+    nothing."""
+    active = kept & has_mass
     v = tl.where(b == 0, 0.0, 1.0).to(K.dtype)
     v_before, u = v, tl.zeros_like(a)
     rows = row_sums(K, v)
@@ -152,7 +214,8 @@ def scaling_rounds(
     while more:
         if HISTORY == HISTORY_ALL:
             if t > 0:
-                store_kept(history_ptr, t - 1, v, kept, first, left, B, M, BLOCK_M, ITEMS)
+                kept_v = tl.where(has_mass[None, :], v, 0.0)
+                store_kept(history_ptr, t - 1, kept_v, kept, first, left, B, M, BLOCK_M, ITEMS)
         new_u = divide(a, rows)
         new_v = divide(b, column_sums(K, new_u))
         if STOPS:
@@ -172,7 +235,8 @@ def scaling_rounds(
             active = active & ~(error_of(u, rows, a) < tol)
             more = more & is_any(active)
     if HISTORY == HISTORY_LAST:
-        store_kept(history_ptr, 0, v_before, kept, first, left, B, M, BLOCK_M, ITEMS)
+        kept_v = tl.where(has_mass[None, :], v_before, 0.0)
+        store_kept(history_ptr, 0, kept_v, kept, first, left, B, M, BLOCK_M, ITEMS)
     if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
         for rest in range(tl.maximum(t, 1), num_iters):
             store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
@@ -244,7 +308,7 @@ def log_rounds(
 @triton.jit(do_not_specialize=["B", "N", "M", "step", "num_iters"])
 def _small_fwd_kernel(
     cost_ptr, a_ptr, b_ptr, plan_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
-    B, N, M, step, scale: tl.float64, num_iters, tol: tl.float64,
+    B, N, M, step, scale: tl.float64, unit: tl.float64, num_iters, tol: tl.float64,
     STOPS: tl.constexpr, HISTORY: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
@@ -260,24 +324,27 @@ def _small_fwd_kernel(
     )
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
-    L, poison = log_kernel(cost_ptr, at, live, scale, DTYPE)
+    L, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
     shift = tl.max(tl.max(L, 1), 0)
-    one_piece = fits_one_piece(L, shift, a, b, a_ptr, b_ptr, has_mass, DTYPE)
+    one_piece = fits_one_piece(L, live, shift, a, b, a_ptr, b_ptr, has_mass, DTYPE)
+    shift += poison  # and so goes into all that is made of K
     if HISTORY != HISTORY_NONE:
         tl.store(history_ptr + first + lanes, tl.where(one_piece, 1.0, 0.0), mask=lanes < left)
         tl.store(history_ptr + B + first + lanes, shift, mask=lanes < left)
 
-    K = tl.where(live, tl.exp2(L - shift[None, None, :]), 1.0)
+    K = tl.where(live, power(L - shift[None, None, :]), 1.0)
     u, v, rows, rounds = scaling_rounds(
-        K, a, b, one_piece & has_mass, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
+        K, a, b, one_piece, has_mass, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
     )
     plan = K * u[:, None, :] * v[None, :, :]
-    log_u, log_v, rows = log_weights(u) - shift[None, :], log_weights(v), u * rows
+    log_u, log_v = tl.log2(tl.where(a == 0, 1.0, u)) - shift[None, :], tl.log2(tl.where(b == 0, 1.0, v))
+    rows *= u
     if is_any(~one_piece):
         # Read again: kept through the rounds, it would cost as many registers as K.
         at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-        L, _again = log_kernel(cost_ptr, at, live, scale, DTYPE)
+        L, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+        L += again[None, None, :]
         other_plan, other_u, other_v, other_rows, other_rounds = log_rounds(
             L, live, a, b, ~one_piece, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
         )
@@ -285,14 +352,21 @@ def _small_fwd_kernel(
         log_u, log_v = tl.where(one_piece[None, :], log_u, other_u), tl.where(one_piece[None, :], log_v, other_v)
         rows, rounds = tl.where(one_piece[None, :], rows, other_rows), tl.where(one_piece, rounds, other_rounds)
 
-    unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
-    f = tl.where(a == 0, float("-inf"), log_u * unit) + poison[None, :]
-    g = tl.where(b == 0, float("-inf"), log_v * unit) + poison[None, :]
+    unit = (tl.full((), unit, tl.float64) * LN2).to(DTYPE)  # f = log2(u) unit
+    f = tl.where(a == 0, poison[None, :] - float("inf"), log_u * unit)
+    g = tl.where(b == 0, poison[None, :] - float("inf"), log_v * unit)
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     tl.store(f_ptr + first * N + (lanes[None, :] * N + n * step), f, mask=(n < N) & (lanes < left)[None, :])
     tl.store(g_ptr + first * M + (lanes[None, :] * M + m * step), g, mask=(m < M) & (lanes < left)[None, :])
-    error = tl.where(has_mass, tl.sum(tl.abs(rows - a), 0), 0.0) + poison
+    error = tl.where(has_mass, tl.sum(tl.abs(rows - a), 0), poison)
     tl.store(error_ptr + first + lanes, error, mask=lanes < left)
     tl.store(rounds_ptr + first + lanes, tl.where(has_mass, rounds, 0), mask=lanes < left)
-    at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-    tl.store(plan_ptr + at, tl.where(live, plan, 0.0) + poison[None, None, :], mask=inside)
+    plan = tl.where(live, plan, poison[None, None, :])
+    if EXACT:
+        # As it lies in memory: a thread that stores a row of its own item writes half a sector at a time.
+        plan = tl.reshape(tl.permute(plan, (2, 0, 1)), (ITEMS * BLOCK_N * BLOCK_M,))
+        place = tl.arange(0, ITEMS * BLOCK_N * BLOCK_M)
+        tl.store(plan_ptr + first * (N * M) + place, plan, mask=place < left * (N * M))
+    else:
+        at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
+        tl.store(plan_ptr + at, plan, mask=inside)

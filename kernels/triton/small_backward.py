@@ -177,7 +177,7 @@ def store_weight_gradient(
 @triton.jit(do_not_specialize=["B", "N", "M", "step"])
 def _small_bwd_kernel(
     cost_ptr, a_ptr, b_ptr, rounds_ptr, history_ptr, grad_plan_ptr, grad_f_ptr, grad_g_ptr,
-    grad_cost_ptr, grad_a_ptr, grad_b_ptr, B, N, M, step, scale: tl.float64,
+    grad_cost_ptr, grad_a_ptr, grad_b_ptr, B, N, M, step, scale: tl.float64, unit: tl.float64,
     STOPS: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def _small_bwd_kernel(
     live_x, live_y = a != 0, b != 0
     live = live_x[:, None, :] & live_y[None, :, :]
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-    L, poison = log_kernel(cost_ptr, at, live, scale, DTYPE)
+    L, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
     G = tl.zeros((BLOCK_N, BLOCK_M, ITEMS), DTYPE)
     grad_a, grad_b = tl.zeros_like(a), tl.zeros_like(b)
@@ -206,7 +206,7 @@ def _small_bwd_kernel(
         place = num_rounds - 2 if MODE == UNROLL else tl.where(num_rounds > 1, 0, -1)
         first_v = tl.where(one_piece[None, :] & live_y, 1.0, 0.0).to(DTYPE)
         v = load_kept(history_ptr, place, first_v, first, left, B, M, BLOCK_M, ITEMS)
-        unit = (1.0 / tl.abs(tl.full((), scale, tl.float64))).to(DTYPE)  # f = log(u) / |scale|
+        unit = tl.full((), unit, tl.float64).to(DTYPE)  # f = log(u) unit
         sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x, DTYPE, a)
         sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y, DTYPE, b)
         grad_plan = load_or_zero(grad_plan_ptr, at, live, DTYPE, L)

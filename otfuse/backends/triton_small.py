@@ -30,7 +30,8 @@ HELD = {
 # Items and warps of the tiles that would have a stack all the same, by bytes of an entry.
 OTHERWISE = {
     ("small", 8, 8, 8): (4, 2),
-    ("small", 4, 4, 8): (8, 1),
+    ("small", 4, 4, 8): (16, 1),
+    ("small", 4, 2, 16): (8, 1),
     ("small, everything", 8, 8, 8): (2, 1),
     ("small, everything", 8, 16, 16): (1, 2),
 }
@@ -43,13 +44,14 @@ def launch_sinkhorn_small(
     cost, a, b = contiguous(cost, a, b)
     plan = torch.empty_like(cost)
     *solution, kept = new_like(_models(B, N, M, num_iters, grad, history, cost.dtype, cost.device))
-    if history and not (a is None and b is None):
-        kept.zero_()  # an item without mass keeps nothing: zeros, not whatever was there
     if B > 0:
         blocks = small_blocks(row_of("small", a, b, tol), N, M, cost.dtype, cost.device.type == "cpu")
         mode = 0 if not history else 2 if grad == UNROLL else 1  # attend.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL
         options = {"STOPS": tol > 0, "HISTORY": mode}
-        arguments = (cost, a, b, plan, *solution, kept if history else None, B, N, M, 1, scale, num_iters, tol)
+        arguments = (
+            cost, a, b, plan, *solution, kept if history else None,
+            B, N, M, 1, scale, 1 / abs(scale), num_iters, tol,
+        )  # fmt: skip
         with on(cost.device):
             launch(_kernels().forward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
     return plan, *solution, kept.t()
@@ -67,7 +69,7 @@ def launch_sinkhorn_small_backward(
         options = {"STOPS": tol > 0, "MODE": grad}
         arguments = (
             cost, a, b, *contiguous(rounds, history.t()), *sent(*grads), gradients[0], *map(wanted, gradients[1:]),
-            B, N, M, 1, scale,
+            B, N, M, 1, scale, 1 / abs(scale),
         )  # fmt: skip
         with on(cost.device):
             launch(_kernels().backward, (-(-B // blocks["ITEMS"]),), arguments, {**options, **blocks}, cost.device)
@@ -75,19 +77,22 @@ def launch_sinkhorn_small_backward(
 
 
 def small_blocks(kernel: str, N: int, M: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, int]:
-    """Of a row of HELD: a warp a program, with as many items as it has room for; of a side of 16 lanes hold half.
+    """Of a row of HELD: a warp a program, with as many items as it has room for; of a side of 16 lanes hold half, and
+    where it is conditions on padding that take the registers.
 
     EXACT, where N and M are powers of two: a lane reads four entries of a row at once, if the lanes of an item are
     enough to hold a row in this way.
     """
     BLOCK_N, BLOCK_M = tile_side(N, 2), tile_side(M, 2)
     held = HELD[kernel][solved_size(dtype)] // (2 if max(BLOCK_N, BLOCK_M) == SMALL_SIDE else 1)
+    if kernel == "small" and (N, M) != (BLOCK_N, BLOCK_M):
+        held //= 2
     lanes = max(1, BLOCK_N * BLOCK_M // held)  # of an item
     items, warps = max(1, WARP // lanes), max(1, lanes // WARP)
     items, warps = OTHERWISE.get((kernel, solved_size(dtype), BLOCK_N, BLOCK_M), (items, warps))
+    exact = (N, M) == (BLOCK_N, BLOCK_M) and 4 * WARP * warps >= M * items
     if interpreted:  # a step costs the interpreter the same, whatever it holds
         items = WARP
-    exact = (N, M) == (BLOCK_N, BLOCK_M) and 4 * lanes >= M
     sizes = {"EXACT": exact, "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "ITEMS": items}
     return {**sizes, "num_warps": warps, "num_stages": 1}
 
