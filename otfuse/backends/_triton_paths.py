@@ -16,6 +16,7 @@ import torch
 class Path(Enum):
     ON_CHIP = "on chip"  # an item's kernel matrix in the registers of a program, from the first round to the last
     SMALL = "many small"  # several items of a cost in a program, each in the registers of one thread or a few
+    CLUSTER = "over a cluster"  # the kernel matrix made once in memory, and on chip in all rounds, in one launch
     STORED = "stored"  # the kernel matrix in device memory, read once a round; for a cost, the cost itself
     RECOMPUTED = "recomputed"  # tiles of it made anew from the tokens in every round; never N x M in memory
 
@@ -30,14 +31,20 @@ LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
 LONGEST_SIDE = {8: 64, 4: 256}
 LARGEST_LONG_TILE = 8192
 
+# Entries of an item that one block of a cluster holds, by bytes of a number of the solve: as many as an item on chip
+# has, or twice as many where the cluster is as large as it gets. And the longest sides. Long rows make long exchanges.
+CLUSTER_PART = {8: 4096, 4: 16384}
+CLUSTER_SIDES = 1024, 512
+
 # Features up to which a tile is made again sooner than it is read, by bytes of a token's number: half precision has
 # tensor cores. And the share of the device's memory that a stored kernel matrix may take.
 RECOMPUTED_FEATURES = {8: 0, 4: 16, 2: 64}
 STORED_SHARE = 4
 
 
-def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int) -> Path:
-    """The path of a batch of tokens or costs of this dtype, on a device with ``memory`` bytes in all.
+def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int, blocks: int = 1) -> Path:
+    """The path of a batch of tokens or costs of this dtype, on a device with ``memory`` bytes in all, whose clusters
+    have up to ``blocks`` blocks (1: it has none).
 
     Example:
         >>> choose(1_048_576, 4, 4, 0, torch.float32, 141 << 30)
@@ -47,9 +54,12 @@ def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int) -> P
         return Path.SMALL
     if fits_on_chip(N, M, D, dtype):
         return Path.ON_CHIP
+    over_cluster = cluster_size(N, M, dtype, blocks) > 0
     if D == 0:
-        return Path.STORED
+        return Path.CLUSTER if over_cluster else Path.STORED
     stored = B * N * M * solved_size(dtype)
+    if over_cluster and stored * STORED_SHARE <= memory:
+        return Path.CLUSTER
     if RECOMPUTED_FEATURES[dtype.itemsize] >= D or stored * STORED_SHARE > memory:
         return Path.RECOMPUTED
     return Path.STORED
@@ -66,6 +76,18 @@ def fits_on_chip(N: int, M: int, D: int, dtype: torch.dtype) -> bool:
     if D and max(sides) > 128 and entries > LARGEST_LONG_TILE:
         return False
     return entries <= LARGEST_TILE[size] and max(sides) <= LONGEST_SIDE[size]
+
+
+def cluster_size(N: int, M: int, dtype: torch.dtype, blocks: int) -> int:
+    """How many blocks an item is spread over, of at most ``blocks``; 0 where it does not fit."""
+    size = solved_size(dtype)
+    sides = tile_side(N), tile_side(M)
+    if sides[0] > CLUSTER_SIDES[0] or sides[1] > CLUSTER_SIDES[1]:
+        return 0
+    entries, wanted = sides[0] * sides[1], 1
+    while wanted < blocks and wanted * CLUSTER_PART[size] < entries:
+        wanted *= 2
+    return wanted if entries <= wanted * CLUSTER_PART[size] * (2 if wanted == 16 else 1) else 0
 
 
 def tile_side(size: int, least: int = 16) -> int:
