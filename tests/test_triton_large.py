@@ -34,7 +34,7 @@ def on_path(monkeypatch, device):
     if not (backend.INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 32, 4, 2)) for key in large.BLOCKS})
-    monkeypatch.setattr(paths, "CLUSTER_PART", {4: 512, 8: 512})
+    monkeypatch.setattr(paths, "CLUSTER_PART", 512)
     monkeypatch.setattr(large, "LINES", 32 if device.type == "cpu" else large.LINES)
 
     def force(path: Path) -> None:

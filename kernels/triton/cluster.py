@@ -16,7 +16,7 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, SMALLEST32, SMALLEST64, divide, fits_one_piece, log_scale
+from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_scale, spread
 from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, pack, whole, wide
 
 
@@ -100,8 +100,8 @@ def store_lines(ptr, u, v, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _rounds_kernel(
-    matrix_ptr, weights_ptr, items_ptr, first_ptr, exponent_ptr, scaling_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
-    N, M, stride_n, scale: tl.float64, num_iters, tol: tl.float64,
+    matrix_ptr, weights_ptr, items_ptr, first_ptr, exponent_ptr, scaling_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
+    history_ptr, N, M, stride_n, scale: tl.float64, num_iters, tol: tl.float64,
     STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -117,20 +117,23 @@ def _rounds_kernel(
     lines = item * (N + M)
     a = load_lines(weights_ptr, lines + rows, rows < N)
     b = load_lines(weights_ptr, lines + N + columns, columns < M)
+    apart_ab = spread(a) + spread(b)  # now, not beside the tile: it leaves few registers
+    limit: tl.constexpr = RANGE64 if DTYPE == tl.float64 else RANGE32
     matrix_ptr += item * N * stride_n
-    # A part of the rows at a time, and then all again: what is looked for here would not fit beside the tile.
+    first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
+    # A few rows at a time, and then all again: what is looked for here would not fit beside the tile.
     PART: tl.constexpr = part_of(BLOCK_N, CTAS)
-    largest = tl.full((PART,), float("-inf"), DTYPE)
-    least = tl.full((PART,), float("inf"), DTYPE)
+    e_v = load_lines(first_v_ptr, columns, columns < M)
+    least = tl.zeros((PART,), DTYPE)
     for first in range(0, BLOCK_N, PART):
         part = first + tl.arange(0, PART)
-        a_part = load_lines(weights_ptr, lines + part, part < N)
+        a_part, e_part = load_lines(weights_ptr + lines, part, part < N), load_lines(first_u_ptr, part, part < N)
         ptr = matrix_ptr + first * stride_n
         L = load_log(ptr, a_part, b, stride_n, N - first, M, scale, PART, BLOCK_M, CTAS, WARPS)
-        largest = tl.maximum(largest, tl.max(L, 1))
-        least = tl.minimum(least, tl.min(tl.where(L == float("-inf"), float("inf"), L), 1))
-    one_piece = fits_one_piece((tl.max(largest) - tl.min(least)) * LN2, a, b, DTYPE)
-    tile = load_log(matrix_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
+        L = (L + e_part[:, None]) + e_v[None, :]  # nowhere more than one
+        least = tl.minimum(least, tl.min(tl.where(L == float("-inf"), 0.0, L), 1))
+    entries = (1.0 - tl.min(least)) * LN2
+    one_piece = (entries <= limit) & (entries + apart_ab <= 1.5 * limit)  # as rounds.fits_one_piece
     if HISTORY != HISTORY_NONE:
         history_ptr += item * (2 + (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
         tl.store(history_ptr, tl.load(items_ptr + item * 4))
@@ -138,12 +141,11 @@ def _rounds_kernel(
         history_ptr += 2
 
     u, v = tl.zeros((BLOCK_N,), DTYPE), tl.where(b == 0, 0.0, 1.0).to(DTYPE)
-    e_u, e_v = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
-    first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
     error = tl.zeros((), DTYPE)
     t, more = 0, num_iters > 0
     if one_piece:
         e_u, e_v = load_lines(first_u_ptr, rows, rows < N), load_lines(first_v_ptr, columns, columns < M)
+        tile = load_log(matrix_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
         tile = tl.exp2((tile + e_u[:, None]) + e_v[None, :])
         v *= tl.exp2(-e_v)  # what is one before K is scaled
         sums = tl.sum(tile * v[None, :], 1)
@@ -158,7 +160,12 @@ def _rounds_kernel(
             if STOPS:
                 more = more & ~(tl.sum(tl.abs(u * sums - a)) < tol)
         error = tl.sum(tl.abs(u * sums - a))
+        again = tl.minimum(t, 0)  # zero, which the compiler cannot know: the exponents are not kept in registers
+        e_u = load_lines(first_u_ptr + again, rows, rows < N)
+        e_v = load_lines(first_v_ptr + again, columns, columns < M)
     else:
+        tile = load_log(matrix_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
+        e_u, e_v = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
         while more:
             u, e_u = half_round(tile, a, v, e_v, 1, smallest)
             v, e_v = half_round(tile, b, u, e_u, 0, smallest)

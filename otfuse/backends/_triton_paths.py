@@ -31,9 +31,10 @@ LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
 LONGEST_SIDE = {8: 64, 4: 256}
 LARGEST_LONG_TILE = 8192
 
-# Entries of an item that one block of a cluster holds, by bytes of a number of the solve: as many as an item on chip
-# has, or twice as many where the cluster is as large as it gets. And the longest sides. Long rows make long exchanges.
-CLUSTER_PART = {8: 4096, 4: 16384}
+# Entries that one block of a cluster is given, as many as stay on chip, before there is another block; and the longest
+# sides: of longer rows, what the blocks exchange would take longer than the rounds. In float32 only.
+CLUSTER_PART = 16384
+LARGEST_CLUSTER = 16
 CLUSTER_SIDES = 1024, 512
 
 # Features up to which a tile is made again sooner than it is read, by bytes of a token's number: half precision has
@@ -42,19 +43,19 @@ RECOMPUTED_FEATURES = {8: 0, 4: 16, 2: 64}
 STORED_SHARE = 4
 
 
-def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int, blocks: int = 1) -> Path:
-    """The path of a batch of tokens or costs of this dtype, on a device with ``memory`` bytes in all, whose clusters
-    have up to ``blocks`` blocks (1: it has none).
+def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int, held: int) -> Path:
+    """The path of a batch of tokens or costs of this dtype, on a device with ``memory`` bytes in all, of which a
+    cluster holds up to ``held`` entries (``triton_cluster.held_by``).
 
     Example:
-        >>> choose(1_048_576, 4, 4, 0, torch.float32, 141 << 30)
+        >>> choose(1_048_576, 4, 4, 0, torch.float32, 141 << 30, 1 << 19)
         <Path.SMALL: 'many small'>
     """
     if is_small(N, M, D):
         return Path.SMALL
     if fits_on_chip(N, M, D, dtype):
         return Path.ON_CHIP
-    over_cluster = cluster_size(N, M, dtype, blocks) > 0
+    over_cluster = solved_size(dtype) == 4 and cluster_size(N, M, held) > 0
     if D == 0:
         return Path.CLUSTER if over_cluster else Path.STORED
     stored = B * N * M * solved_size(dtype)
@@ -78,16 +79,16 @@ def fits_on_chip(N: int, M: int, D: int, dtype: torch.dtype) -> bool:
     return entries <= LARGEST_TILE[size] and max(sides) <= LONGEST_SIDE[size]
 
 
-def cluster_size(N: int, M: int, dtype: torch.dtype, blocks: int) -> int:
-    """How many blocks an item is spread over, of at most ``blocks``; 0 where it does not fit."""
-    size = solved_size(dtype)
+def cluster_size(N: int, M: int, held: int) -> int:
+    """How many blocks an item is spread over; 0 where a cluster does not hold it."""
     sides = tile_side(N), tile_side(M)
-    if sides[0] > CLUSTER_SIDES[0] or sides[1] > CLUSTER_SIDES[1]:
+    entries = sides[0] * sides[1]
+    if sides[0] > CLUSTER_SIDES[0] or sides[1] > CLUSTER_SIDES[1] or entries > held:
         return 0
-    entries, wanted = sides[0] * sides[1], 1
-    while wanted < blocks and wanted * CLUSTER_PART[size] < entries:
-        wanted *= 2
-    return wanted if entries <= wanted * CLUSTER_PART[size] * (2 if wanted == 16 else 1) else 0
+    size = 1
+    while size < LARGEST_CLUSTER and size * CLUSTER_PART < entries:
+        size *= 2
+    return size
 
 
 def tile_side(size: int, least: int = 16) -> int:

@@ -1,4 +1,4 @@
-"""Launcher of the rounds over a cluster: one launch for all of them, in the place of two a round in ``triton_large.py``.
+"""Over a cluster all rounds are one launch, in the place of the two a round that ``triton_large.py`` makes.
 
 The device code is in ``otfuse.kernels.triton.cluster``.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from otfuse.backends._triton_paths import cluster_size, tile_side
+from otfuse.backends._triton_configurations import INTERPRETER, target_of
+from otfuse.backends._triton_paths import CLUSTER_PART, cluster_size, tile_side
 
 WARPS = 8  # of a block: 128 entries of the largest tile to a thread, beside what the rounds need
 
@@ -23,20 +24,26 @@ def kernels() -> Any:
     return cluster
 
 
+# Entries that a cluster holds, by target: twice as many to a block, where the compiler finds room for them
+# (kernels/triton/resources.json), and one block where there are no clusters.
+HELD = {"sm_90": 32 * CLUSTER_PART, "sm_100": 16 * CLUSTER_PART, "sm_80": CLUSTER_PART, "gfx942": 0}
+INTERPRETED = HELD["sm_90"]
+
+
 @cache
-def largest_cluster(device: torch.device) -> int:
-    """Blocks that a cluster may have on this device; 1 where there are no clusters."""
-    if device.type == "cpu":  # Triton's interpreter
-        return 16
-    if torch.version.hip:
-        return 1
-    major = torch.cuda.get_device_capability(device)[0]
-    return 16 if major in (9, 10) else 8 if major > 10 else 1
+def held_by(device: torch.device) -> int:
+    """How many entries a cluster of this device holds, or 0."""
+    target = target_of(device)
+    if target == INTERPRETER:
+        return INTERPRETED
+    if target == "sm_90" and torch.cuda.get_device_capability(device) != (9, 0):
+        return CLUSTER_PART  # another generation with as much memory
+    return HELD[target]
 
 
-def cluster_blocks(N: int, M: int, dtype: torch.dtype, blocks: int) -> dict[str, int]:
+def cluster_blocks(N: int, M: int, held: int) -> dict[str, int]:
     """What the kernel of the rounds is launched with."""
-    size = cluster_size(N, M, dtype, blocks)
+    size = cluster_size(N, M, held)
     return {
         "BLOCK_N": tile_side(N), "BLOCK_M": tile_side(M), "CTAS": size, "WARPS": WARPS,
         "num_warps": WARPS, "num_ctas": size, "num_stages": 1,

@@ -82,9 +82,9 @@ class Solve:
 
     def __init__(
         self, x: Tensor | None, y: Tensor | None, matrix: Tensor | None, a: Tensor | None, b: Tensor | None,
-        cosine: bool, scale: float, precision: str, clusters: int,
+        cosine: bool, scale: float, precision: str, held: int,
     ) -> None:  # fmt: skip
-        """``clusters``: how many blocks one may have, or 0: the rounds are streamed."""
+        """``held``: how many entries a cluster holds, if that is where the rounds are solved, or 0."""
         values = x if matrix is None else matrix
         assert values is not None
         self.x, self.y, self.matrix, self.a, self.b = x, y, matrix, a, b
@@ -96,7 +96,7 @@ class Solve:
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         self.values = values
         lines = self.B, self.N + self.M
-        self.over = triton_cluster.cluster_blocks(self.N, self.M, self.dtype, clusters) if clusters else None
+        self.over = triton_cluster.cluster_blocks(self.N, self.M, held) if held else None
         self.weights, self.exponent, self.scaling = (self.new(*lines) for _ in range(3))
         self.items = self.new(self.B, 4)
         self.inverse = self.new(*lines) if cosine and x is not None else None
@@ -186,12 +186,12 @@ class Solve:
         f, g, error, rounds, history = solution
         self.start(history if keep else None, rounds)
         if self.over:
-            arguments = (
+            over = (
                 self.matrix, self.weights, self.items, self.first, self.exponent, self.scaling, f, g, error, rounds,
                 history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
             )  # fmt: skip
             constants = {"STOPS": tol > 0, "HISTORY": keep, **self.over}
-            self.launch(triton_cluster.kernels()._rounds_kernel, (self.B,), arguments, constants)
+            self.launch(triton_cluster.kernels()._rounds_kernel, (self.B,), over, constants)
             return
         for t in range(num_iters):
             self.strip(t, FIRST=False, LAST=False)
@@ -230,16 +230,16 @@ def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
 
 def launch_attend_large(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, keep: int, stored: bool, clusters: int, precision: str,
+    num_iters: int, tol: float, keep: int, stored: bool, held: int, precision: str,
     x_out: Tensor, y_out: Tensor, plan: Tensor, similarity: Tensor, solution: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous.
 
-    ``stored``: the similarity is made once and read in every round; ``clusters``: as for Solve. ``keep`` is streaming.HISTORY_NONE,
-    HISTORY_LAST or HISTORY_ALL.
+    ``stored``: the similarity is made once and read in every round; ``held``: as for Solve. ``keep`` is
+    streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL.
     """
     with on(x.device):
-        solve = Solve(x, y, None, a, b, cosine, scale, precision, clusters)
+        solve = Solve(x, y, None, a, b, cosine, scale, precision, held)
         if stored:
             solve.store(similarity if similarity.numel() else solve.new(solve.B, solve.N, solve.M))
         elif similarity.numel():
@@ -252,11 +252,11 @@ def launch_attend_large(
 
 def launch_sinkhorn_large(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, keep: int,
-    clusters: int, plan: Tensor, solution: Sequence[Tensor],
+    held: int, plan: Tensor, solution: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """The same for a cost, which is itself what is streamed."""
     with on(cost.device):
-        solve = Solve(None, None, cost, a, b, False, scale, "ieee", clusters)
+        solve = Solve(None, None, cost, a, b, False, scale, "ieee", held)
         solve.rounds(num_iters, tol, solution, keep)
         solve.matrices(plan, None)
 
@@ -402,13 +402,13 @@ def num_steps(M: int, num_iters: int) -> int:
 
 def launch_attend_large_backward(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, grad: int, stored: bool, clusters: int, precision: str, kept: tuple[Tensor, Tensor],
+    num_iters: int, grad: int, stored: bool, held: int, precision: str, kept: tuple[Tensor, Tensor],
     grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Into ``gradients`` of x, y, a, b, of which the last two may be empty. ``kept``: rounds and history."""
     with on(x.device):
         adjoint = Adjoint(
-            x, y, None, a, b, cosine, scale, precision, clusters,
+            x, y, None, a, b, cosine, scale, precision, held,
             barycentric=barycentric, mode=grad, num_iters=num_iters, kept=kept, grads=grads,
         )  # fmt: skip
         made = None
@@ -424,13 +424,13 @@ def launch_attend_large_backward(
 
 def launch_sinkhorn_large_backward(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, grad: int,
-    clusters: int, kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+    held: int, kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """The same into the gradients of the cost, a, b; ``grads``: of the plan, f, g."""
     grad_plan, grad_f, grad_g = grads
     with on(cost.device):
         adjoint = Adjoint(
-            None, None, cost, a, b, False, scale, "ieee", clusters, barycentric=False, mode=grad, num_iters=num_iters,
+            None, None, cost, a, b, False, scale, "ieee", held, barycentric=False, mode=grad, num_iters=num_iters,
             kept=kept, grads=(None, None, grad_plan, None, grad_f, grad_g),
         )  # fmt: skip
         adjoint.solve()
