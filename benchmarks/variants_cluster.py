@@ -22,7 +22,14 @@ VARIANTS = {
     "cluster, everything": Variant(
         *_KERNEL, "cluster, everything", "matrix_ptr", _SOLUTION + " history_ptr", {"STOPS": True, "HISTORY": 2}, False
     ),
+    "cluster, backward": Variant(
+        "cluster_backward", "_adjoint_rounds_kernel", "cluster, backward", "matrix_ptr",
+        "weights_ptr history_ptr first_ptr start_ptr pull_ptr total_ptr", {},
+    ),
 }  # fmt: skip
+
+_FORWARD = ("rounds", "attend", "streaming", "cluster")
+_BACKWARD = ("rounds", "attend", "attend_backward", "streaming", "cluster", "cluster_backward")
 
 
 def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
@@ -48,7 +55,7 @@ FAMILY = Family(
     VARIANTS,
     tiles,
     blocks,
-    lambda name: True,
-    lambda name: ("rounds", "attend", "streaming", "cluster"),
+    lambda name: "backward" not in name,
+    lambda name: _BACKWARD if "backward" in name else _FORWARD,
     lambda dtype, tile, target: launched(dtype, tile, HELD[target]),
 )

@@ -137,7 +137,7 @@ def _rounds_kernel(
     if HISTORY != HISTORY_NONE:
         history_ptr += item * (2 + (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
         tl.store(history_ptr, tl.load(items_ptr + item * 4))
-        tl.store(history_ptr + 1, 0.0)
+        tl.store(history_ptr + 1, tl.where(one_piece, 1.0, 0.0))
         history_ptr += 2
 
     u, v = tl.zeros((BLOCK_N,), DTYPE), tl.where(b == 0, 0.0, 1.0).to(DTYPE)

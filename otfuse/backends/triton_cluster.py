@@ -17,11 +17,18 @@ WARPS = 8  # of a block: 128 entries of the largest tile to a thread, beside wha
 
 
 @cache
-def kernels() -> Any:
+def rounds_kernel() -> Any:
     """Imported at the first launch: ``import otfuse`` does not import Triton."""
     from otfuse.kernels.triton import cluster
 
-    return cluster
+    return cluster._rounds_kernel
+
+
+@cache
+def adjoint_rounds_kernel() -> Any:
+    from otfuse.kernels.triton import cluster_backward
+
+    return cluster_backward._adjoint_rounds_kernel
 
 
 # Entries that a cluster holds, by target: twice as many to a block, where the compiler finds room for them

@@ -191,7 +191,7 @@ class Solve:
                 history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
             )  # fmt: skip
             constants = {"STOPS": tol > 0, "HISTORY": keep, **self.over}
-            self.launch(triton_cluster.kernels()._rounds_kernel, (self.B,), over, constants)
+            self.launch(triton_cluster.rounds_kernel(), (self.B,), over, constants)
             return
         for t in range(num_iters):
             self.strip(t, FIRST=False, LAST=False)
@@ -321,6 +321,13 @@ class Adjoint(Solve):
         self.launch(_backward()._adjoint_strip_kernel, programs, arguments, self.constants(PHASE=phase))
 
     def unroll(self, start: Tensor) -> None:
+        if self.over:
+            over = (
+                self.matrix, self.weights, *self.kept, self.first, start, self.pull, self.total,
+                self.N, self.M, self.M, self.scale, self.num_iters,
+            )  # fmt: skip
+            self.launch(triton_cluster.adjoint_rounds_kernel(), (self.B,), over, self.over)
+            return
         for t in reversed(range(self.num_iters)):
             self.adjoint_strip(ROUND, t, start, None, self.pull, None)
             if t:
