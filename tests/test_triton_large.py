@@ -260,14 +260,15 @@ def run(side, D, dtype, path, grad, num_iters=50):
     x = torch.empty(1, side, D, dtype=dtype, device="meta")
     outputs = fused_ops.new_attended(x, x, False, False)
     solution = fused_ops.new_solution(x, side, side, num_iters, MODES[grad], True)
-    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, path is Path.STORED, 0, "ieee")
+    source = path is not Path.RECOMPUTED, 1 << 19 if path is Path.CLUSTER else 0, "ieee"
+    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, *source)
     with Made() as forward:
         large.launch_attend_large(x, x, None, None, True, False, 10.0, *options, *outputs, solution)
     gradients = fused_ops.new_gradients(x, x, None, None)
     sent = (outputs[0], outputs[1], None, None, None, None)
     with Made() as backward:
         large.launch_attend_large_backward(
-            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], path is Path.STORED, 0, "ieee",
+            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], *source,
             (solution[3], solution[4]), sent, gradients,
         )  # fmt: skip
     return forward, backward
@@ -294,6 +295,30 @@ def test_two_launches_a_round(launches):
     assert len(launches) == len(once) + 10 * 4
     assert launches.count("_strip_kernel") == 11 + 3 and launches.count("_adjoint_strip_kernel") == 11
     assert len(once) == 3 + 2 + 2 + 1 + 1 + 2 + 3 + 2 + 2 + 1 + 2
+
+
+def test_one_launch_for_all_rounds_over_a_cluster(launches):
+    """Forward and backward; what surrounds them is what surrounds streamed rounds."""
+    run(512, 768, torch.float32, Path.STORED, "unroll", 50)
+    streamed = list(launches)
+    launches.clear()
+    run(512, 768, torch.float32, Path.CLUSTER, "unroll", 50)
+    assert len(launches) == len(streamed) - 2 * 50 - 2 + 1 - (2 * 50 - 1) + 1
+    assert launches.count("_rounds_kernel") == launches.count("_adjoint_rounds_kernel") == 1
+    assert launches.count("_strip_kernel") == 2 and launches.count("_adjoint_strip_kernel") == 0
+
+
+@pytest.mark.parametrize("sizes", [(200, 130), (40, 300)], ids=str)
+def test_costs_beyond_one_chip_go_over_a_cluster_by_themselves(device, sizes):
+    """Nothing forced: the path, the tile and the cluster are those of the backend."""
+    if not (backend.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    cost = -otfuse.similarity_matrix(*clustered_tokens(2, *sizes, D, device=device))
+    if backend.held_by(device):
+        assert backend.path_of(cost, 2, *sizes, 0) is Path.CLUSTER
+    out = otfuse.sinkhorn(cost, 0.1, num_iters=5, backend="triton")
+    truth = specified_sinkhorn(cost.double(), 0.1, num_iters=5)
+    assert_solution_accurate(out, specified_sinkhorn(cost, 0.1, num_iters=5), truth, truth, 0.1, str(sizes))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
