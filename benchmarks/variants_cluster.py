@@ -37,7 +37,7 @@ def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
     if dtype == "float64":
         return []
     if dtype in ("bfloat16", "float16") or not VARIANTS[name].everywhere:
-        return [(1024, 512), (256, 256)]
+        return [(512, 512), (256, 256)] if dtype != "float32" else [(1024, 512), (256, 256)]
     sides = [16 << power for power in range(7)]
     return [tile for tile in itertools.product(sides, sides) if launched(dtype, tile, max(HELD.values()))]
 

@@ -116,3 +116,10 @@ def test_a_cluster_reads_a_stored_matrix():
     """Tokens whose similarity may not be stored are recomputed, whatever a cluster holds."""
     assert choose(1000, 512, 512, 768, torch.float32, H200, held=CLUSTERS) is Path.CLUSTER
     assert choose(100_000, 512, 512, 768, torch.float32, H200, held=CLUSTERS) is Path.RECOMPUTED
+
+
+def test_a_cluster_holds_half_of_a_cost_in_half_precision():
+    for sizes, path in (((512, 512), Path.CLUSTER), ((1024, 512), Path.STORED)):
+        assert choose(1, *sizes, 0, torch.bfloat16, H200, held=CLUSTERS) is path
+        assert choose(1, *sizes, 0, torch.float32, H200, held=CLUSTERS) is Path.CLUSTER
+        assert choose(1, *sizes, 768, torch.bfloat16, H200, held=CLUSTERS) is Path.CLUSTER

@@ -55,6 +55,8 @@ def choose(B: int, N: int, M: int, D: int, dtype: torch.dtype, memory: int, held
         return Path.SMALL
     if fits_on_chip(N, M, D, dtype):
         return Path.ON_CHIP
+    if D == 0 and dtype.itemsize == 2:  # a cost is widened as it is read, which takes registers
+        held //= 2
     over_cluster = solved_size(dtype) == 4 and cluster_size(N, M, held) > 0
     if D == 0:
         return Path.CLUSTER if over_cluster else Path.STORED
