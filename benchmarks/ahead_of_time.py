@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import variants_cluster
 import variants_packed
 import variants_small
 import variants_streaming
@@ -131,7 +132,7 @@ VARIANTS = {
 }  # fmt: skip
 
 INTEGERS = "rounds", "has_mass", "stopped", "done", "cu_seqlens_x", "cu_seqlens_y"  # pointers
-FAMILIES = variants_small.FAMILY, variants_streaming.FAMILY, variants_packed.FAMILY
+FAMILIES = variants_small.FAMILY, variants_streaming.FAMILY, variants_packed.FAMILY, variants_cluster.FAMILY
 FAMILY_OF = {name: family for family in FAMILIES for name in family.variants}
 for _family in FAMILIES:
     VARIANTS |= _family.variants
@@ -153,6 +154,7 @@ def rows(every_tile: bool = False) -> list[Row]:
         for dtype in DTYPES
         for tile in (launched(name, dtype) if every_tile else tiles(name, dtype))
         for target in TARGETS
+        if name not in FAMILY_OF or FAMILY_OF[name].runs(dtype, tile, target)
     ]
 
 
@@ -199,8 +201,8 @@ def compile_variant(variant: Variant, dtype: str, configuration: dict[str, int],
 
 def _options(variant: Variant, configuration: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Triton's own, and the kernel's constants."""
-    own = ("num_warps", "num_stages")
-    options = {name: configuration[name] for name in own} | {"enable_fp_fusion": True}
+    own = ("num_warps", "num_stages", "num_ctas")
+    options = {name: configuration[name] for name in own if name in configuration} | {"enable_fp_fusion": True}
     return options, variant.constants | {name: size for name, size in configuration.items() if name not in own}
 
 

@@ -27,6 +27,7 @@ class Family(NamedTuple):
     blocks: Callable[[str, str, tuple[int, int], str], dict[str, int]]  # of a tile on a target, as it is launched
     forward: Callable[[str], bool]  # which must not have a stack
     sources: Callable[[str], tuple[str, ...]]  # modules that its rows are made of, the kernel's own last
+    runs: Callable[[str, tuple[int, int], str], bool] = lambda dtype, tile, target: True  # whether a target has it
 
 
 SOLUTION = "f_ptr g_ptr error_ptr history_ptr"

@@ -1,6 +1,8 @@
-"""Triton beyond the chip, by both paths: what is streamed from memory, and what is made anew from the tokens.
+"""Triton beyond one chip, by every path: what is streamed from memory or made anew from the tokens, and what stays on
+chip over a cluster.
 
-Small items are forced through each path, in blocks so small that an item has several strips and several steps.
+Small items are forced through each path, in blocks so small that an item has several strips and several steps, and is
+spread over several blocks of a cluster.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import attention, fused_ops
+from otfuse.backends import _triton_paths as paths
 from otfuse.backends import triton as backend
 from otfuse.backends import triton_large as large
 from otfuse.backends._triton_paths import Path
@@ -22,15 +25,16 @@ from otfuse.problem import SinkhornOutput, cost_problem, token_problem
 from otfuse.testing import SpecificationBackend, clustered_tokens, specified_attend, specified_sinkhorn
 
 N, M, D = 20, 33, 24
-PATHS = (Path.STORED, Path.RECOMPUTED)
+PATHS = (Path.STORED, Path.CLUSTER, Path.RECOMPUTED)
 
 
 @pytest.fixture
 def on_path(monkeypatch, device):
-    """Forces a path, in blocks of 16 x 32: two strips of two steps, and two blocks of lines."""
+    """Forces a path, in blocks of 16 x 32: two strips of two steps, two blocks of lines, four blocks of a cluster."""
     if not (backend.INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 32, 4, 2)) for key in large.BLOCKS})
+    monkeypatch.setattr(paths, "CLUSTER_PART", 512)
     monkeypatch.setattr(large, "LINES", 32 if device.type == "cpu" else large.LINES)
 
     def force(path: Path) -> None:
@@ -42,6 +46,9 @@ def on_path(monkeypatch, device):
 @pytest.mark.parametrize("path, dtype", [
     (Path.STORED, torch.float32),
     (Path.STORED, torch.float16),
+    (Path.CLUSTER, torch.float64),
+    (Path.CLUSTER, torch.float32),
+    (Path.CLUSTER, torch.bfloat16),
     (Path.RECOMPUTED, torch.float64),
     (Path.RECOMPUTED, torch.float32),
     (Path.RECOMPUTED, torch.bfloat16),
@@ -76,9 +83,10 @@ def test_tokens_are_solved_as_specified(on_path, device, path, dtype):
     [(torch.float64, 0.001), (torch.float32, 0.1), (torch.float32, 0.001), (torch.bfloat16, 0.1)],
     ids=str,
 )
-def test_costs_are_solved_as_specified(on_path, device, dtype, epsilon):
-    """In one form at every range: at 0.001 the log kernel spans two thousand."""
-    on_path(Path.STORED)
+@pytest.mark.parametrize("path", [Path.STORED, Path.CLUSTER], ids=str)
+def test_costs_are_solved_as_specified(on_path, device, path, dtype, epsilon):
+    """At every range: at 0.001 the log kernel spans two thousand."""
+    on_path(path)
     cost = -otfuse.similarity_matrix(*clustered_tokens(2, M, N, D, device=device)).to(dtype)
     out = otfuse.sinkhorn(cost, epsilon, num_iters=8, backend="triton")
     truth = specified_sinkhorn(cost.double(), epsilon, num_iters=8)
@@ -90,9 +98,10 @@ def test_costs_are_solved_as_specified(on_path, device, dtype, epsilon):
     assert_solution_accurate(out, reference, exact, truth, epsilon, f"{dtype} at {epsilon}")
 
 
-def test_known_answers(on_path, device):
+@pytest.mark.parametrize("path", [Path.STORED, Path.CLUSTER], ids=str)
+def test_known_answers(on_path, device, path):
     """A single token gets all weights; zero on a permutation and one elsewhere is solved in closed form."""
-    on_path(Path.STORED)
+    on_path(path)
     b = weights(0, 2, M, torch.float64).to(device)
     out = otfuse.sinkhorn(
         torch.rand(2, 1, M, dtype=torch.float64, device=device), 0.01, b=b, num_iters=2, backend="triton"
@@ -131,6 +140,10 @@ def gradients(x, y, a, b, epsilon, how, grad, num_iters):
 
 @pytest.mark.parametrize("path, dtype, grad, epsilon", [
     (Path.STORED, torch.float32, "unroll", 0.1),
+    (Path.CLUSTER, torch.float32, "unroll", 0.1),
+    (Path.CLUSTER, torch.float32, "unroll", 0.005),
+    (Path.CLUSTER, torch.float64, "implicit", 0.2),
+    (Path.CLUSTER, torch.float64, "detach", 0.1),
     (Path.RECOMPUTED, torch.float32, "unroll", 0.005),
     (Path.RECOMPUTED, torch.float64, "unroll", 0.1),
     (Path.STORED, torch.float64, "implicit", 0.2),
@@ -179,6 +192,7 @@ def test_gradients_of_the_fixed_point_in_float32_are_as_close_as_on_chip(on_path
     ("path", "grad"),
     [
         (Path.STORED, "unroll"),
+        (Path.CLUSTER, "unroll"),
         (Path.RECOMPUTED, "unroll"),
         (None, "unroll"),
         (Path.STORED, "implicit"),
@@ -217,9 +231,10 @@ def test_gradients_by_the_weights_of_both_sides(on_path, device, path, grad):
             assert (one[(a if name == "a" else b) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("path", [Path.STORED, Path.CLUSTER], ids=str)
 @pytest.mark.parametrize("epsilon", [0.1, 0.001])
-def test_gradients_by_a_cost(on_path, device, epsilon):
-    on_path(Path.STORED)
+def test_gradients_by_a_cost(on_path, device, epsilon, path):
+    on_path(path)
     x, y = clustered_tokens(2, M, N, D, device=device)
     cost, a = -otfuse.similarity_matrix(x, y), weights(0, 2, M, torch.float32).to(device)
     sent = torch.randn(2, M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
@@ -307,14 +322,15 @@ def run(side, D, dtype, path, grad, num_iters=50):
     x = torch.empty(1, side, D, dtype=dtype, device="meta")
     outputs = fused_ops.new_attended(x, x, False, False)
     solution = fused_ops.new_solution(x, side, side, num_iters, MODES[grad], True)
-    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, path is Path.STORED, "ieee")
+    source = path is not Path.RECOMPUTED, 1 << 19 if path is Path.CLUSTER else 0, "ieee"
+    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, *source)
     with Made() as forward:
         large.launch_attend_large(x, x, None, None, True, False, 10.0, *options, *outputs, solution)
     gradients = fused_ops.new_gradients(x, x, None, None)
     sent = (outputs[0], outputs[1], None, None, None, None)
     with Made() as backward:
         large.launch_attend_large_backward(
-            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], path is Path.STORED, "ieee",
+            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], *source,
             (solution[3], solution[4]), sent, gradients,
         )  # fmt: skip
     return forward, backward
@@ -341,6 +357,30 @@ def test_two_launches_a_round(launches):
     assert len(launches) == len(once) + 10 * 4
     assert launches.count("_strip_kernel") == 11 + 3 and launches.count("_adjoint_strip_kernel") == 11
     assert len(once) == 3 + 2 + 2 + 1 + 1 + 2 + 3 + 2 + 2 + 1 + 2
+
+
+def test_one_launch_for_all_rounds_over_a_cluster(launches):
+    """Forward and backward; what surrounds them is what surrounds streamed rounds."""
+    run(512, 768, torch.float32, Path.STORED, "unroll", 50)
+    streamed = list(launches)
+    launches.clear()
+    run(512, 768, torch.float32, Path.CLUSTER, "unroll", 50)
+    assert len(launches) == len(streamed) - 2 * 50 - 2 + 1 - (2 * 50 - 1) + 1
+    assert launches.count("_rounds_kernel") == launches.count("_adjoint_rounds_kernel") == 1
+    assert launches.count("_strip_kernel") == 2 and launches.count("_adjoint_strip_kernel") == 0
+
+
+@pytest.mark.parametrize("sizes", [(200, 130), (40, 300)], ids=str)
+def test_costs_beyond_one_chip_go_over_a_cluster_by_themselves(device, sizes):
+    """Nothing forced: the path, the tile and the cluster are those of the backend."""
+    if not (backend.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    cost = -otfuse.similarity_matrix(*clustered_tokens(2, *sizes, D, device=device))
+    if backend.held_by(device):
+        assert backend.path_of(cost, 2, *sizes, 0) is Path.CLUSTER
+    out = otfuse.sinkhorn(cost, 0.1, num_iters=5, backend="triton")
+    truth = specified_sinkhorn(cost.double(), 0.1, num_iters=5)
+    assert_solution_accurate(out, specified_sinkhorn(cost, 0.1, num_iters=5), truth, truth, 0.1, str(sizes))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,27 +7,38 @@ import itertools
 import pytest
 import torch
 
-from otfuse.backends._triton_paths import Path, choose, fits_on_chip
+from otfuse.backends._triton_paths import CLUSTER_PART, Path, cluster_size, fits_on_chip
+from otfuse.backends._triton_paths import choose as choose_of
 
 H200, SMALL_CARD = 141 << 30, 8 << 30
+NONE, CLUSTERS = 0, 32 * CLUSTER_PART
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(*problem, held=NONE):
+    """Of a device without clusters, unless it is said what they hold."""
+    return choose_of(*problem, held)
+
+
 SIDES = sorted({side + step for power in range(15) for side in (2**power,) for step in (-1, 0, 1)} - {0, 2**14 + 1})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [0, 1, 16, 64, 768])
-def test_every_size_has_a_path(dtype, D):
+@pytest.mark.parametrize("held", [NONE, CLUSTER_PART, CLUSTERS])
+def test_every_size_has_a_path(dtype, D, held):
     """From 1 x 1 to 16384 x 16384, each side by itself; what was off chip stays off when it grows."""
-    order = (Path.SMALL, Path.ON_CHIP, Path.STORED, Path.RECOMPUTED)
+    order = (Path.SMALL, Path.ON_CHIP, Path.CLUSTER, Path.STORED, Path.RECOMPUTED)
     for N in SIDES:
         reached = 0
         for M in SIDES:
             for B in (1, 64, 1_048_576):
-                path = choose(B, N, M, D, dtype, H200)
+                path = choose(B, N, M, D, dtype, H200, held=held)
                 assert path in order and (D > 0 or path is not Path.RECOMPUTED)
                 assert (path is Path.SMALL) == (D == 0 and N <= 16 and M <= 16)
+                assert path is not Path.CLUSTER or (cluster_size(N, M, held) and dtype != torch.float64)
                 assert (path is Path.ON_CHIP) == (path is not Path.SMALL and fits_on_chip(N, M, D, dtype))
-            place = order.index(choose(1, N, M, D, dtype, H200))
+            place = order.index(choose(1, N, M, D, dtype, H200, held=held))
             assert place >= reached, f"{N} x {M} goes back on chip"
             reached = place
 
@@ -73,3 +84,42 @@ def test_tokens_whose_matrix_takes_too_much_memory_are_never_stored():
 def test_the_batch_decides_nothing_but_what_is_stored():
     for B, (N, M), D in itertools.product((1, 100, 10**6), ((4, 4), (16, 17), (128, 128)), (0, 16, 768)):
         assert choose(B, N, M, D, torch.float32, SMALL_CARD) is choose(1, N, M, D, torch.float32, SMALL_CARD)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "size"),
+    [
+        ((1024, 512), torch.float32, 16),
+        ((1000, 500), torch.float32, 16),
+        ((512, 512), torch.float32, 16),
+        ((512, 257), torch.float32, 16),
+        ((129, 129), torch.float32, 4),
+        ((128, 129), torch.float16, 2),
+        ((1024, 16), torch.float32, 1),
+        ((1025, 16), torch.float32, 0),
+        ((16, 513), torch.float32, 0),
+        ((1024, 513), torch.float32, 0),
+    ],
+    ids=str,
+)
+def test_how_many_blocks_an_item_is_spread_over(sizes, dtype, size):
+    """And that an item is solved so, of tokens or of a cost, exactly where a cluster holds it."""
+    assert cluster_size(*sizes, CLUSTERS) == size
+    for D in (0, 768):
+        assert (choose(1, *sizes, D, dtype, H200, held=CLUSTERS) is Path.CLUSTER) == (size > 0)
+        assert choose(1, *sizes, D, dtype, H200) is Path.STORED
+    assert (cluster_size(*sizes, CLUSTER_PART) > 0) == (size == 1)
+    assert choose(1, *sizes, 768, torch.float64, H200, held=CLUSTERS) is Path.STORED
+
+
+def test_a_cluster_reads_a_stored_matrix():
+    """Tokens whose similarity may not be stored are recomputed, whatever a cluster holds."""
+    assert choose(1000, 512, 512, 768, torch.float32, H200, held=CLUSTERS) is Path.CLUSTER
+    assert choose(100_000, 512, 512, 768, torch.float32, H200, held=CLUSTERS) is Path.RECOMPUTED
+
+
+def test_a_cluster_holds_half_of_a_cost_in_half_precision():
+    for sizes, path in (((512, 512), Path.CLUSTER), ((1024, 512), Path.STORED)):
+        assert choose(1, *sizes, 0, torch.bfloat16, H200, held=CLUSTERS) is path
+        assert choose(1, *sizes, 0, torch.float32, H200, held=CLUSTERS) is Path.CLUSTER
+        assert choose(1, *sizes, 768, torch.bfloat16, H200, held=CLUSTERS) is Path.CLUSTER

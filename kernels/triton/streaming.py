@@ -325,12 +325,14 @@ def _gather_kernel(
             tl.store(items_ptr + item * 4, poison + total_a * 0 + total_b * 0)
             tl.store(items_ptr + item * 4 + 1, 0.0)
     else:
-        if tl.load(stopped_ptr + item) != 0:
+        # Not what another program of this launch has found out meanwhile: the warps of this one would see it or not.
+        stopped = tl.load(stopped_ptr + item)
+        if (stopped != 0) & (stopped <= t):
             return
         if STOPS:
             error = sum_found(found_ptr, P, DTYPE) + tl.load(items_ptr + item * 4)
             if (t > 0) & (error < tol):
-                tl.store(stopped_ptr + item, 1)
+                tl.store(stopped_ptr + item, t + 1)
                 return
         if block == 0:
             has_mass = tl.load(items_ptr + item * 4 + 2) != 0
@@ -507,7 +509,7 @@ def _attend_kernel(
         L = tl.where((a != 0)[:, None] & (b != 0)[None, :], similarity * high + similarity * low, float("-inf"))
         plan = plan_tile(L, e_u, u, load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y))
         y = tl.load(
-            y_ptr + (first + columns)[:, None] * D + features[None, :], mask=(b != 0)[:, None] & in_D, other=0.0
+            y_ptr + wide(first) * D + columns[:, None] * D + features[None, :], mask=(b != 0)[:, None] & in_D, other=0.0
         )
         plan_high, plan_low, unit = split(plan, y.dtype)
         attended = dot_split(plan_high, plan_low, unit, y, attended, PRECISION)

@@ -564,14 +564,14 @@ def _pull_kernel(
         if COSINE:
             weighed += tl.sum(grad * similarity, 1)
             grad = grad * inverse_x[:, None] * inverse_y[None, :]
-        at_y = (first + columns)[:, None] * D + features[None, :]
-        y = tl.load(y_ptr + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
+        step, at_y = wide(first) * D, columns[:, None] * D + features[None, :]
+        y = tl.load(y_ptr + step + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
         high, low, unit = split(grad, y.dtype)
         grad_x = dot_split(high, low, unit, y, grad_x, PRECISION)
         if grad_y_out_ptr is not None:
             if BARYCENTRIC:
                 plan *= inverse(b)[None, :]
-            grad_y_out = tl.load(grad_y_out_ptr + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
+            grad_y_out = tl.load(grad_y_out_ptr + step + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
             high, low, unit = split(plan, y.dtype)
             grad_x = dot_split(high, low, unit, grad_y_out, grad_x, PRECISION)
     at_x = rows[:, None] * D + features[None, :]

@@ -70,7 +70,7 @@ class LongItems:
 
 def _source(items: Packed, memory: int) -> bool:
     """Whether the similarity is stored: as for one padded item of all rows against the longest columns."""
-    return choose(1, len(items.x), items.longest_y, items.D, items.x.dtype, memory) is not Path.RECOMPUTED
+    return choose(1, len(items.x), items.longest_y, items.D, items.x.dtype, memory, 0) is not Path.RECOMPUTED
 
 
 def launch_long(

@@ -21,6 +21,7 @@ from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
 from otfuse.backends._triton_paths import Path, choose, tile_side
 from otfuse.backends.base import Backend, is_installed
+from otfuse.backends.triton_cluster import held_by
 from otfuse.backends.triton_large import (
     launch_attend_large,
     launch_attend_large_backward,
@@ -107,7 +108,12 @@ def path_of(values: Tensor, B: int, N: int, M: int, D: int) -> Path:
 
 @lru_cache(maxsize=4096)
 def _path(B: int, N: int, M: int, D: int, dtype: torch.dtype, device: torch.device) -> Path:
-    return choose(B, N, M, D, dtype, device_memory(device))
+    return choose(B, N, M, D, dtype, device_memory(device), held_by(device))
+
+
+def held_on(path: Path, device: torch.device) -> int:
+    """Entries that a cluster holds, on the path that takes one, or 0."""
+    return held_by(device) if path is Path.CLUSTER else 0
 
 
 @cache
@@ -134,8 +140,9 @@ def launch_attend(
     if B == 0:
         return outputs
     if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:  # tokens, even without features
+        stored, held = path is not Path.RECOMPUTED, held_on(path, device)
         launch_attend_large(
-            x, y, a, b, cosine, barycentric, scale, num_iters, tol, _history(grad, history), path is Path.STORED,
+            x, y, a, b, cosine, barycentric, scale, num_iters, tol, _history(grad, history), stored, held,
             _precision(dtype), outputs[0], outputs[1], outputs[2], outputs[3], outputs[4:],
         )  # fmt: skip
         return outputs
@@ -194,7 +201,8 @@ def launch_attend_backward(
         return gradients
     if (path := path_of(x, B, N, M, max(D, 1))) is not Path.ON_CHIP:
         launch_attend_large_backward(
-            x, y, a, b, cosine, barycentric, scale, num_iters, grad, path is Path.STORED, _precision(x.dtype),
+            x, y, a, b, cosine, barycentric, scale, num_iters, grad, path is not Path.RECOMPUTED,
+            held_on(path, x.device), _precision(x.dtype),
             contiguous(rounds, history), sent(*grads), gradients,
         )  # fmt: skip
         return gradients
@@ -222,8 +230,9 @@ def launch_sinkhorn(
     plan, solution = torch.empty_like(cost), new_like(models)
     if B == 0:
         return plan, *solution
-    if path_of(cost, B, N, M, 0) is Path.STORED:
-        launch_sinkhorn_large(cost, a, b, scale, num_iters, tol, _history(grad, history), plan, solution)
+    if (path := path_of(cost, B, N, M, 0)) is not Path.ON_CHIP:
+        held = held_on(path, cost.device)
+        launch_sinkhorn_large(cost, a, b, scale, num_iters, tol, _history(grad, history), held, plan, solution)
         return plan, *solution
     blocks = _blocks("forward, cost", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
     options = {**_NO_TOKENS, "STOPS": tol > 0, "HISTORY": _history(grad, history), "PRECISION": "ieee"}
@@ -247,9 +256,9 @@ def launch_sinkhorn_backward(
     gradients = fused_ops.new_gradients(cost, a, b)
     if B == 0:
         return gradients
-    if path_of(cost, B, N, M, 0) is Path.STORED:
-        kept = contiguous(rounds, history)
-        launch_sinkhorn_large_backward(cost, a, b, scale, num_iters, grad, kept, sent(*grads), gradients)
+    if (path := path_of(cost, B, N, M, 0)) is not Path.ON_CHIP:
+        kept, held = contiguous(rounds, history), held_on(path, cost.device)
+        launch_sinkhorn_large_backward(cost, a, b, scale, num_iters, grad, held, kept, sent(*grads), gradients)
         return gradients
     grad_plan, grad_f, grad_g = sent(*grads)
     blocks = _blocks("backward", _solved_in(cost), tile_side(N), tile_side(M), cost.device)

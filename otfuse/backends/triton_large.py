@@ -1,8 +1,8 @@
 """Launchers beyond what stays on chip: rounds that stream an item's similarity, by the same ops as in ``triton.py``.
 
 The path says where the similarity comes from: STORED, from memory (the cost itself, or what one launch has made of the
-tokens); RECOMPUTED, from the tokens, a tile at a time, in every launch. The device code is in
-``otfuse.kernels.triton.streaming``.
+tokens); RECOMPUTED, from the tokens, a tile at a time, in every launch. On CLUSTER it is stored too, and the rounds
+are one launch (``triton_cluster.py``). The device code is in ``otfuse.kernels.triton.streaming``.
 
 Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features, P strips of an item; lines are an item's rows and
 columns, one after the other.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from otfuse.backends import triton_cluster
 from otfuse.backends._triton_launch import launch, on, wanted
 from otfuse.fused_ops import DETACH, IMPLICIT, UNROLL
 
@@ -105,8 +106,9 @@ class Solve:
 
     def __init__(
         self, x: Tensor | None, y: Tensor | None, matrix: Tensor | None, a: Tensor | None, b: Tensor | None,
-        cosine: bool, scale: float, precision: str, *, places: Padded | LongItems | None = None,
+        cosine: bool, scale: float, precision: str, held: int = 0, *, places: Padded | LongItems | None = None,
     ) -> None:  # fmt: skip
+        """``held``: how many entries a cluster holds, if that is where the rounds are solved, or 0."""
         values = x if matrix is None else matrix
         assert values is not None
         self.x, self.y, self.matrix, self.a, self.b = x, y, matrix, a, b
@@ -119,6 +121,7 @@ class Solve:
         self.tokens = values.dtype if x is None else x.dtype
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         self.values = values
+        self.over = triton_cluster.cluster_blocks(self.N, self.M, held) if held else None
         self.lines = self.rows + self.columns
         self.weights, self.exponent, self.scaling = (self.new(self.lines) for _ in range(3))
         self.items = self.new(self.B, 4)
@@ -225,6 +228,14 @@ class Solve:
         """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
         f, g, error, rounds, history = solution
         self.start(history if keep else None, rounds)
+        if self.over:
+            over = (
+                self.matrix, self.weights, self.items, self.first, self.exponent, self.scaling, f, g, error, rounds,
+                history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
+            )  # fmt: skip
+            constants = {"STOPS": tol > 0, "HISTORY": keep, **self.over}
+            self.launch(triton_cluster.rounds_kernel(), (self.B,), over, constants)
+            return
         for t in range(num_iters):
             self.strip(t, FIRST=False, LAST=False)
             self.gather(t, num_iters, tol, FIRST=False, HISTORY=keep)
@@ -266,16 +277,16 @@ def with_features(constants: dict[str, Any], BLOCK_F: int) -> dict[str, Any]:
 
 def launch_attend_large(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, keep: int, stored: bool, precision: str,
+    num_iters: int, tol: float, keep: int, stored: bool, held: int, precision: str,
     x_out: Tensor, y_out: Tensor, plan: Tensor, similarity: Tensor, solution: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Into these outputs, of which plan and similarity may be empty; the inputs are contiguous.
 
-    ``stored``: the similarity is made once and read in every round. ``keep`` is streaming.HISTORY_NONE,
-    HISTORY_LAST or HISTORY_ALL.
+    ``stored``: the similarity is made once and read in every round; ``held``: as for Solve. ``keep`` is
+    streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL.
     """
     with on(x.device):
-        solve = Solve(x, y, None, a, b, cosine, scale, precision)
+        solve = Solve(x, y, None, a, b, cosine, scale, precision, held)
         if stored:
             solve.store(similarity if similarity.numel() else solve.new(solve.B, solve.N, solve.M))
         elif similarity.numel():
@@ -288,11 +299,11 @@ def launch_attend_large(
 
 def launch_sinkhorn_large(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, keep: int,
-    plan: Tensor, solution: Sequence[Tensor],
+    held: int, plan: Tensor, solution: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """The same for a cost, which is itself what is streamed."""
     with on(cost.device):
-        solve = Solve(None, None, cost, a, b, False, scale, "ieee")
+        solve = Solve(None, None, cost, a, b, False, scale, "ieee", held)
         solve.rounds(num_iters, tol, solution, keep)
         solve.matrices(plan, None)
 
@@ -357,6 +368,13 @@ class Adjoint(Solve):
         self.launch_blocks(_backward()._adjoint_strip_kernel, arguments, constants, rows=self.strip_rows)
 
     def unroll(self, start: Tensor) -> None:
+        if self.over:
+            over = (
+                self.matrix, self.weights, *self.kept, self.first, start, self.pull, self.total,
+                self.N, self.M, self.M, self.scale, self.num_iters,
+            )  # fmt: skip
+            self.launch(triton_cluster.adjoint_rounds_kernel(), (self.B,), over, self.over)
+            return
         for t in reversed(range(self.num_iters)):
             self.adjoint_strip(ROUND, t, start, None, self.pull, None)
             if t:
@@ -429,13 +447,13 @@ def num_steps(M: int, num_iters: int) -> int:
 
 def launch_attend_large_backward(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, grad: int, stored: bool, precision: str, kept: tuple[Tensor, Tensor],
+    num_iters: int, grad: int, stored: bool, held: int, precision: str, kept: tuple[Tensor, Tensor],
     grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Into ``gradients`` of x, y, a, b, of which the last two may be empty. ``kept``: rounds and history."""
     with on(x.device):
         adjoint = Adjoint(
-            x, y, None, a, b, cosine, scale, precision,
+            x, y, None, a, b, cosine, scale, precision, held,
             barycentric=barycentric, mode=grad, num_iters=num_iters, kept=kept, grads=grads,
         )  # fmt: skip
         made = None
@@ -451,13 +469,13 @@ def launch_attend_large_backward(
 
 def launch_sinkhorn_large_backward(
     cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, grad: int,
-    kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
+    held: int, kept: tuple[Tensor, Tensor], grads: Sequence[Tensor | None], gradients: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """The same into the gradients of the cost, a, b; ``grads``: of the plan, f, g."""
     grad_plan, grad_f, grad_g = grads
     with on(cost.device):
         adjoint = Adjoint(
-            None, None, cost, a, b, False, scale, "ieee", barycentric=False, mode=grad, num_iters=num_iters,
+            None, None, cost, a, b, False, scale, "ieee", held, barycentric=False, mode=grad, num_iters=num_iters,
             kept=kept, grads=(None, None, grad_plan, None, grad_f, grad_g),
         )  # fmt: skip
         adjoint.solve()

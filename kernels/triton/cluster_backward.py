@@ -1,0 +1,81 @@
+"""The adjoint rounds of an item in one launch, its kernel matrix on chip over a cluster, as ``cluster.py`` runs them.
+
+It takes the place of the launches of ``streaming_backward.py`` that go over the matrix round by round, in reverse; what
+comes before and after is the same (docs/gradients.md, Eq. 4).
+
+Letters: B batch, N rows and M columns of an item, T rounds; *lines* are rows and columns, one after the other.
+"""
+
+import triton
+import triton.language as tl
+
+from .attend_backward import inverse
+from .cluster import load_log
+from .streaming import load_lines, unpack, wide
+
+
+@triton.jit
+def load_side(ptr, first_ptr, index, inside, one_piece):
+    """Scalings of a round, from its row of the history: numbers, and the exponents that the tile does not hold."""
+    packed = tl.load(ptr + index, mask=inside, other=0.0)
+    number, exponent = unpack(packed)
+    exponent = tl.where(one_piece, 0.0, exponent + load_lines(first_ptr, index, inside))
+    return tl.where(one_piece, packed, number), exponent
+
+
+@triton.jit
+def product(tile, e_u, e_v, factor, one_piece, AXIS: tl.constexpr):
+    """Over AXIS, along which ``factor`` lies: the sums of K times it. The tile is K itself, or L."""
+    along = tl.expand_dims(factor, 1 - AXIS)
+    if one_piece:
+        sums = tl.sum(tile * along, AXIS)
+    else:
+        sums = tl.sum(tl.exp2(tile + (e_u[:, None] + e_v[None, :])) * along, AXIS)
+    return sums
+
+
+@triton.jit(do_not_specialize=["N", "M", "num_iters"])
+def _adjoint_rounds_kernel(
+    matrix_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
+    N, M, stride_n, scale: tl.float64, num_iters,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Programs (item): what is pulled through the lines in every round (``pull_ptr`` [B, T, N + M]), and the sum of
+    their gradients (``total_ptr`` [B, N + M]). Both begin as ``_started_kernel`` leaves them; ``start_ptr`` is its too.
+    """
+    item = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    in_x, in_y, lines = rows < N, columns < M, item * (N + M)
+    history_ptr += item * (2 + num_iters * (N + M)) + 2
+    first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
+    pull_ptr += item * num_iters * (N + M)
+    rounds, one_piece = tl.load(rounds_ptr + item), tl.load(history_ptr - 1) != 0
+    a, b = load_lines(weights_ptr + lines, rows, in_x), load_lines(weights_ptr + lines + N, columns, in_y)
+    tile = load_log(
+        matrix_ptr + item * N * stride_n, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS
+    )  # fmt: skip
+    if one_piece:
+        first_u, first_v = load_lines(first_u_ptr, rows, in_x), load_lines(first_v_ptr, columns, in_y)
+        tile = tl.exp2((tile + first_u[:, None]) + first_v[None, :])
+    grad_u = load_lines(start_ptr + lines, rows, in_x)  # of the last round; of those before it, zero
+    total_u, total_v = tl.zeros_like(a), load_lines(total_ptr + lines + N, columns, in_y)
+    last = wide(tl.maximum(rounds - 1, 0)) * (N + M)
+    pulled_v = load_lines(pull_ptr + last + N, columns, in_y)
+    v, e_v = load_side(history_ptr + last + N, first_v_ptr, columns, in_y, one_piece)
+    for back in range(0, rounds):
+        at = wide(rounds - 1 - back) * (N + M)
+        u, e_u = load_side(history_ptr + at, first_u_ptr, rows, in_x, one_piece)
+        grad_u -= u * product(tile, e_u, e_v, v * pulled_v, one_piece, 1)
+        total_u += grad_u
+        pulled_u = grad_u * inverse(a)
+        tl.store(pull_ptr + at + rows, pulled_u, mask=in_x)
+        grad_u = tl.zeros_like(grad_u)
+        if back < rounds - 1:
+            at -= N + M
+            v, e_v = load_side(history_ptr + at + N, first_v_ptr, columns, in_y, one_piece)
+            grad_v = -v * product(tile, e_u, e_v, u * pulled_u, one_piece, 0)
+            total_v += grad_v
+            pulled_v = grad_v * inverse(b)
+            tl.store(pull_ptr + at + N + columns, pulled_v, mask=in_y)
+    tl.store(total_ptr + lines + rows, total_u, mask=in_x)
+    tl.store(total_ptr + lines + N + columns, total_v, mask=in_y)
