@@ -25,11 +25,15 @@ ROUNDS = 3
 Shape = tuple[Any, ...]
 # B, N, M, D, dtype, gradient mode, similarity, weights, padding, epsilon: each way through the kernels once or more.
 # Sizes lie beside those of the tiles; the last epsilon on chip is solved in logarithms. Sides of more than 256 are
-# beyond the chip: of few features made anew from the tokens, of more stored. Costs of up to 16 on both sides are small.
+# beyond the chip: over a cluster up to 512 columns, beyond that of few features made anew from the tokens, of more
+# stored. Costs of up to 16 on both sides are small.
 SHAPES = (
     (2, 9, 5, 24, torch.float32, "unroll", "cosine", "plan", False, 0.1),
     (1, 1, 1, 1, torch.float32, "unroll", "dot", "plan", False, 0.1),
     (3, 300, 20, 24, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
+    (1, 33, 290, 40, torch.float32, "unroll", "cosine", "plan", True, 0.001),
+    (1, 20, 530, 24, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
+    (1, 20, 530, 70, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),
     (3, 20, 270, 70, torch.bfloat16, "implicit", "cosine", "barycentric", True, 0.1),
     (3, 17, 33, 70, torch.bfloat16, "implicit", "cosine", "barycentric", True, 0.1),
     (2, 64, 20, 129, torch.bfloat16, "unroll", "cosine", "plan", True, 0.1),

@@ -22,6 +22,7 @@ from otfuse import ops
 from otfuse.backends import triton as backend
 from otfuse.backends import triton_varlen
 from otfuse.backends.triton import TritonBackend
+from otfuse.backends.triton_cluster import HELD
 
 launches: list[tuple[Any, ...]] = []
 
@@ -67,6 +68,7 @@ def use() -> None:
     TritonBackend.unavailable = lambda self: []
     backend.multiprocessors = triton_varlen.multiprocessors = lambda device: 132
     backend.target_of = triton_varlen.target_of = lambda device: "sm_90"
+    backend.held_by = lambda device: HELD["sm_90"]
 
 
 def attend(B: int = 64, N: int = 64, M: int = 20, D: int = 768, dtype: Any = torch.bfloat16, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from otfuse.backends import triton as backend
 from otfuse.backends import triton_large, triton_loss, triton_small, triton_varlen
 from otfuse.backends._triton_paths import Path
 from otfuse.backends.triton import LaunchShape
+from otfuse.backends.triton_cluster import HELD
 from otfuse.fused_ops import MODES
 from otfuse.testing import clustered_tokens
 
@@ -153,6 +154,7 @@ WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
     "on chip, similarity first": (lambda *a: attend(*a, first=True), Path.ON_CHIP),
     "on chip, cost": (solve, Path.ON_CHIP),
     "many small": (lambda *a: solve(*a, side=4), Path.SMALL),
+    "over a cluster": (attend, Path.CLUSTER),
     "stored": (attend, Path.STORED),
     "recomputed": (attend, Path.RECOMPUTED),
     "stored, cost": (solve, Path.STORED),
@@ -188,6 +190,7 @@ def grids(monkeypatch):
     monkeypatch.setattr(backend, "memory_of", lambda device: 80 << 30)
     monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(backend, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(backend, "held_by", lambda device: HELD["sm_90"])
     for cached in (backend._path, backend.device_memory, backend._blocks):
         cached.cache_clear()
     return seen
