@@ -20,7 +20,7 @@ from triton.runtime import driver
 import otfuse
 from otfuse import ops
 from otfuse.backends import triton as backend
-from otfuse.backends import triton_varlen
+from otfuse.backends import triton_cluster, triton_varlen
 from otfuse.backends.triton import TritonBackend
 from otfuse.backends.triton_cluster import HELD
 
@@ -153,14 +153,17 @@ def main() -> None:
         packed(longest_x, longest_y, B, epsilon=B / 100, num_iters=B)
     report["packed"] = [(name, place[:3]) for name, place, _ in launches]
     report["packed, compiled"] = compiled(triton_varlen._kernels().attend_fwd)
+    launches.clear()
+    cost = torch.empty(3, 200, 130, requires_grad=True)
+    otfuse.sinkhorn(cost, 0.1, num_iters=5, backend="triton").plan.sum().backward()
+    report["cluster"] = [(name, place[:3]) for name, place, _ in launches]
+    kernels = triton_cluster.rounds_kernel(), triton_cluster.adjoint_rounds_kernel()
+    report["blocks"] = [kernel.metadata.num_ctas for name in kernels for kernel in variants(name)]
     StandIn.records = False
     x, y = torch.empty(64, 64, 768, dtype=torch.bfloat16), torch.empty(64, 20, 768, dtype=torch.bfloat16)
     options = (None, None, True, False, 10.0, 50, -1.0, 1, False, False, False)
     report["launcher, microseconds"] = microseconds(lambda: backend.launch_attend(x, y, *options))
     report["public function, microseconds"] = microseconds(lambda: otfuse.sinkhorn_attend(x, y, backend="triton"))
-    report["empty allocations, microseconds"] = microseconds(
-        lambda: [torch.empty(64, 64, 768, dtype=torch.bfloat16) for _ in range(2)]
-    )
     print(json.dumps(report))
 
 

@@ -181,10 +181,11 @@ def test_one_launch_on_the_current_stream_with_numbers_unrounded(stand_in):
     assert numbers[first : first + 7] == [65, 20, 768, 384, 10.0, 50, -1.0]
 
 
-def test_a_launch_costs_the_host_what_some_allocations_do(stand_in):
-    """20 us where two allocations take 2.5 (docs/performance.md#host-time); in their unit, since machines differ. Half
-    as much again for noise: Triton's own way of launching would add as much as all of it."""
-    assert stand_in["launcher, microseconds"] < 1.5 * 8 * stand_in["empty allocations, microseconds"]
+def test_an_item_is_launched_over_a_cluster(stand_in):
+    """All rounds of a batch once, in four blocks an item, and its adjoint rounds."""
+    assert stand_in["cluster"].count(["_rounds_kernel", [3, 1, 1]]) == 1
+    assert stand_in["cluster"].count(["_adjoint_rounds_kernel", [3, 1, 1]]) == 1
+    assert stand_in["blocks"] == [4, 4]
 
 
 def test_another_current_stream_is_followed(stand_in):
