@@ -119,10 +119,15 @@ FAMILY_OF = {name: family for family in FAMILIES for name in family.variants}
 for _family in FAMILIES:
     VARIANTS |= _family.variants
 
-# Of kernels that are launched with few tiles, or call no tokens: one of every class.
+# A tile of every class.
 TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 
-ON_CHIP = "forward", "forward, inference", "forward, cost", "backward"  # in the table with every tile
+EVERY_TILE = "forward", "forward, inference", "forward, cost"  # that is launched
+
+# Of the backward, besides, others of the same size, that lie the other way or are thin: their blocks of tokens are the
+# largest that are launched; and what is searched through (tune_triton.py).
+_OTHERS = [(256, 32), (32, 256), (64, 128), (64, 64), (128, 32)]
+OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
 
 
 def rows() -> list[Row]:
@@ -140,11 +145,12 @@ def rows() -> list[Row]:
 def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
     if name in FAMILY_OF:
         return FAMILY_OF[name].tiles(name, dtype)
-    if name in ON_CHIP:
+    if name in EVERY_TILE:
         return launched(dtype, cost=name == "forward, cost")
     if not VARIANTS[name].everywhere:
         return SAMPLED.get(dtype, [])
-    return [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
+    of_classes = [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
+    return of_classes + (OTHERS[dtype] if name == "backward" else [])
 
 
 def launched(dtype: str, cost: bool = False) -> list[tuple[int, int]]:

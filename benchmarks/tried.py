@@ -1,4 +1,4 @@
-"""What configurations were found to compile to, taken or not: benchmarks/results/tried.json.
+"""What configurations were found to compile to, taken or not: benchmarks/tried.json.
 
 A search ahead of time (tune_triton.py) and the table of what is taken (ahead_of_time.py) compile nothing twice. Entries
 of other sources, or of another Triton, are dropped.
@@ -13,7 +13,7 @@ from pathlib import Path
 import triton
 from variant import Resources, Row
 
-TRIED = Path(__file__).parent / "results" / "tried.json"
+TRIED = Path(__file__).with_suffix(".json")
 
 Configuration = tuple[int, int, int]  # BLOCK_D, num_warps, num_stages
 Tried = dict[tuple[Row, Configuration], Resources | str]  # or the name of the error

@@ -32,8 +32,9 @@ from otfuse.testing import clustered_tokens
 CONFIGURATIONS = KERNELS / "configurations.json"
 REPRESENTATIVE = {512: (32, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 KINDS = ("forward", "backward")
-AHEAD = ("forward", "forward, cost", "backward")
 FEATURES = {"float64": (16, 8), "float32": (32, 16, 8), "bfloat16": (64, 32, 16), "float16": (64, 32, 16)}
+# Of a backward, ahead of time: the tiles of the sizes that matter most; the others are configured by their class.
+BACKWARD = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (256, 32)]
 BATCH, D = 256, 768
 NO_GOOD = sys.maxsize - 1  # for a stack: does not compile, or does not fit
 
@@ -65,12 +66,13 @@ def candidates_ahead(kernel: str, dtype: str, tile: tuple[int, int], target: str
 
 
 def rows_of(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> list[Row]:
-    """The rows of the table that are configured together; first the one that most often has a stack."""
-    names = [name for name, variant in ahead_of_time.VARIANTS.items() if variant.configured == kernel]
-    dtypes = [dtype]
-    if kernel == "forward, cost":
-        names, dtypes = [kernel], ["float32", "bfloat16", "float16"] if dtype == "float32" else [dtype]
-    names = sorted((name for name in names if "cost" not in name or name == kernel), key="forward, inference".__ne__)
+    """The rows of the table that are chosen by, the one first that most often has a stack; of backwards, `unroll`."""
+    names, dtypes = [kernel], [dtype]
+    if kernel == "forward":
+        of_kernel = [name for name, variant in ahead_of_time.VARIANTS.items() if variant.configured == kernel]
+        names = sorted((name for name in of_kernel if "cost" not in name), key="forward, inference".__ne__)
+    if kernel == "forward, cost" and dtype == "float32":
+        dtypes = ["float32", "bfloat16", "float16"]
     return [Row(name, of, tile, target) for name in names for of in dtypes if tile in ahead_of_time.tiles(name, of)]
 
 
@@ -124,11 +126,15 @@ Task = tuple[str, str, tuple[int, int], str]  # kernel, dtype, tile, target
 
 def tasks_ahead(only: set[str]) -> list[Task]:
     """Everything to be chosen, or what has all of these words: kernel, dtype, class, tile, target."""
+    kinds = {
+        "forward": ahead_of_time.DTYPES,
+        "forward, cost": ("float64", "float32"),  # which half precision is solved in
+        "backward": ("float32", "bfloat16", "float16"),
+    }
     tasks = []
-    for kernel, dtype in itertools.product(AHEAD, ahead_of_time.DTYPES):
-        if kernel == "forward, cost" and dtype in ("bfloat16", "float16"):
-            continue  # solved in float32, and configured so
-        for tile, target in itertools.product(ahead_of_time.tiles(kernel, dtype), ahead_of_time.TARGETS):
+    for kernel, dtype in [(kernel, dtype) for kernel, dtypes in kinds.items() for dtype in dtypes]:
+        tiles = ahead_of_time.tiles(kernel, dtype) if kernel != "backward" else BACKWARD
+        for tile, target in itertools.product(tiles, ahead_of_time.TARGETS):
             size = configurations.size_class(kernel, dtype, *tile)
             if only <= {*kernel.split(", "), dtype, str(size), f"{tile[0]}x{tile[1]}", target}:
                 tasks.append((kernel, dtype, tile, target))
