@@ -1,8 +1,8 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
 ``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
-differs, of all rows or of those that have all the words of ``--only WORD …``. ``--every-tile`` compiles every tile that
-a forward is launched with, in the table or not, and says which spill. TRITON_INTERPRET must not be set.
+differs, of all rows or of those that have all the words of ``--only WORD …``. What tune_triton.py has compiled
+(tried.py) is not compiled again for the table; ``--check`` compiles everything. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,9 +31,10 @@ import variants_packed
 import variants_small
 import variants_streaming
 from same_code import intermediate, kernels_of
+from tried import load_tried
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from variant import SAMPLED, SOLUTION, TOKENS, WEIGHTS, Variant
+from variant import SAMPLED, SOLUTION, TOKENS, WEIGHTS, Resources, Row, Variant
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
 from otfuse.backends._triton_paths import fits_on_chip
@@ -49,24 +50,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-class Resources(NamedTuple):
-    """Of a thread: registers, and bytes of stack, which is where they spill to. Of a program: bytes shared."""
-
-    registers: int
-    stack: int
-    shared: int
-
-
-class Row(NamedTuple):
-    variant: str
-    dtype: str
-    tile: tuple[int, int]
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.variant} {self.dtype} {self.tile[0]}x{self.tile[1]} {self.target}"
 
 
 _COST = {"COSINE": False, "BARYCENTRIC": False, "PRECISION": "ieee"}
@@ -137,22 +120,25 @@ FAMILY_OF = {name: family for family in FAMILIES for name in family.variants}
 for _family in FAMILIES:
     VARIANTS |= _family.variants
 
-# A tile of every class, and others of the same size that lie the other way or are thin: their blocks of tokens are the
-# largest that are launched.
+# A tile of every class.
 TILES = {512: (16, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
-_OTHERS = [(256, 32), (32, 256), (64, 128)]
+
+EVERY_TILE = "forward", "forward, inference", "forward, cost"  # that is launched
+
+# Of the backward, besides, others of the same size, that lie the other way or are thin: their blocks of tokens are the
+# largest that are launched; and what is searched through (tune_triton.py).
+_OTHERS = [(256, 32), (32, 256), (64, 128), (64, 64), (128, 32)]
 OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
-OF_A_COST = {"float64": [(32, 64)], "float32": [*_OTHERS, (256, 64), (64, 256)]}  # the last as tokens do not fit
 
 
-def rows(every_tile: bool = False) -> list[Row]:
-    """Every row of the table, the main variants first; or, of the forward, every tile that is launched."""
+def rows() -> list[Row]:
+    """Every row of the table, the main variants first."""
     names = sorted(VARIANTS, key=lambda name: not VARIANTS[name].everywhere)
     return [
         Row(name, dtype, tile, target)
         for name in names
         for dtype in DTYPES
-        for tile in (launched(name, dtype) if every_tile else tiles(name, dtype))
+        for tile in tiles(name, dtype)
         for target in TARGETS
         if name not in FAMILY_OF or FAMILY_OF[name].runs(dtype, tile, target)
     ]
@@ -161,20 +147,18 @@ def rows(every_tile: bool = False) -> list[Row]:
 def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
     if name in FAMILY_OF:
         return FAMILY_OF[name].tiles(name, dtype)
-    of_classes = [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
-    if name == "forward, cost" and dtype in OF_A_COST:
-        return of_classes + OF_A_COST[dtype]
+    if name in EVERY_TILE:
+        return launched(dtype, cost=name == "forward, cost")
     if not VARIANTS[name].everywhere:
         return SAMPLED.get(dtype, [])
-    return of_classes + (OTHERS[dtype] if name in ("forward", "backward") else [])
+    of_classes = [TILES[size] for size in CLASSES[VARIANTS[name].configured][dtype]]
+    return of_classes + (OTHERS[dtype] if name == "backward" else [])
 
 
-def launched(name: str, dtype: str) -> list[tuple[int, int]]:
-    """The tiles that the backend launches a forward for, of tokens or a cost of this dtype."""
-    if name in FAMILY_OF or VARIANTS[name].configured != "forward":
-        return []
+def launched(dtype: str, cost: bool = False) -> list[tuple[int, int]]:
+    """The tiles that the backend launches a solve on chip for, of tokens or a cost of this dtype."""
     sides = [16 << power for power in range(5)]
-    features = 0 if name == "forward, cost" else 1
+    features = 0 if cost else 1
     fits = (tile for tile in itertools.product(sides, sides) if fits_on_chip(*tile, features, getattr(torch, dtype)))
     return list(fits)
 
@@ -214,6 +198,12 @@ def configured(row: Row) -> dict[str, int]:
     dtype = "float32" if row.variant.endswith("cost") and row.dtype != "float64" else row.dtype
     kernel = row.variant if row.variant == "forward, cost" else VARIANTS[row.variant].configured
     return block_sizes(kernel, dtype, *row.tile, row.target)
+
+
+def configuration_of(row: Row) -> tuple[int, int, int]:
+    """Of ``configured``, what is chosen."""
+    blocks = configured(row)
+    return blocks.get("BLOCK_D", 0), blocks["num_warps"], blocks["num_stages"]
 
 
 def _source(variant: Variant, dtype: str, constants: dict[str, Any], package: str = PACKAGE) -> ASTSource:
@@ -388,6 +378,11 @@ def make_table(processes: int, since: str | None) -> list[str]:
     current = old["triton"] == triton.__version__
     kept = {row: committed(row, old) if current and is_current(row, old) else None for row in rows()}
     found = {row: resources for row, resources in kept.items() if resources}
+    tried = load_tried(sources_hash)
+    for row in [row for row in kept if row not in found and row.variant not in FAMILY_OF]:
+        resources = tried.get((row, configuration_of(row)))
+        if isinstance(resources, Resources):
+            found[row] = resources
     missing = [row for row in kept if row not in found]
     if since and current:
         found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
@@ -434,16 +429,12 @@ def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
-    parser.add_argument("--every-tile", action="store_true", help="check all tiles of the forward, in the table or not")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
     parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    if options.every_tile:
-        found = compile_rows(wanted, processes=options.processes)
-        wrong = [line for row, resources in zip(wanted, found) for line in problems(row, resources)]
-    elif options.check or options.only:
+    if options.check or options.only:
         wrong = check(wanted, load_table())
     else:
         wrong = make_table(options.processes, options.since)

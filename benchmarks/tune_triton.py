@@ -1,10 +1,11 @@
-"""Chooses what kernels/triton/configurations.json holds for the fused forward and backward.
+"""Chooses what kernels/triton/configurations.json holds for the kernels on chip.
 
-``python benchmarks/tune_triton.py [--only forward bfloat16 …]`` on a GPU: times the candidates of every kernel, dtype
-and size class, and writes the fastest, after its result has been held against the specification. With ``--ahead`` no
-GPU is needed: the first candidate is taken, for every target, of which nothing in the class has a stack, or else the
-one with the least; a class takes some minutes of a core. Run benchmarks/ahead_of_time.py afterwards, and review what
-changed.
+``python benchmarks/tune_triton.py [--only forward bfloat16 …]`` on a GPU: times the candidates of the fused forward and
+backward, of every dtype and size class, and writes the fastest for this GPU, after its result has been held against the
+specification. With ``--ahead`` no GPU is needed: tile by tile and target by target, what is configured stays where
+nothing has a stack with it; else the first candidate is taken of which that is true, or, in a backward, the one with
+the least stack. What has been compiled is remembered (tried.py), so that another run goes on where one has ended, and
+one that has nothing left to do changes nothing. Run benchmarks/ahead_of_time.py afterwards, and review what changed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 
 import ahead_of_time
 import torch
-from ahead_of_time import KERNELS, Row, compiling, try_row
+from ahead_of_time import KERNELS, compiling, sources_hash, try_row
+from tried import Configuration, Tried, load_tried, write_tried
+from variant import Resources, Row
 
 import otfuse
 from otfuse.backends import _triton_configurations as configurations
@@ -29,79 +32,131 @@ from otfuse.testing import clustered_tokens
 CONFIGURATIONS = KERNELS / "configurations.json"
 REPRESENTATIVE = {512: (32, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 KINDS = ("forward", "backward")
+FEATURES = {"float64": (16, 8), "float32": (32, 16, 8), "bfloat16": (64, 32, 16), "float16": (64, 32, 16)}
+# Of a backward, ahead of time: the tiles of the sizes that matter most; the others are configured by their class.
+BACKWARD = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (256, 32)]
 BATCH, D = 256, 768
-
-Configuration = tuple[int, int, int]
+NO_GOOD = sys.maxsize - 1  # for a stack: does not compile, or does not fit
 
 
 def candidates(dtype: str, size: int) -> list[Configuration]:
-    """BLOCK_D, num_warps, num_stages, in the order of ``--ahead``: large steps before small, few warps before many.
+    """BLOCK_D, num_warps, num_stages: large steps before small, few warps before many.
 
     A tile of 8,192 entries leaves no registers for larger steps, nor for a second one in flight.
     """
-    features = {"float64": (16, 8), "float32": (32, 16, 8)}.get(dtype, (64, 32, 16))
     if size >= 8192:
-        return list(itertools.product(features[-2:], (8, 16), (1,)))
+        return list(itertools.product(FEATURES[dtype][-2:], (8, 16), (1,)))
     warps = (4, 2) if size <= 512 else (4, 8) if size <= 2048 else (8, 16)
-    return list(itertools.product(features, warps, (2, 1)))
+    return list(itertools.product(FEATURES[dtype], warps, (2, 1)))
 
 
-def choose_ahead(kernel: str, dtype: str, size: int, target: str) -> tuple[Configuration, int]:
-    """The first candidate without a stack whose tiles fit, or the one with the least stack; and how much it is."""
-    tiles = ahead_of_time.tiles(kernel, dtype)
-    rows = [
-        Row(name, dtype, tile, target)
-        for name, variant in ahead_of_time.VARIANTS.items()
-        for tile in tiles
-        if variant.configured == kernel and configurations.size_class(kernel, dtype, *tile) == size
-    ]
-    best, least = candidates(dtype, size)[-1], sys.maxsize
-    for candidate in candidates(dtype, size):
+def candidates_ahead(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> list[Configuration]:
+    """The configured one first; then more warps than would be timed, and of a forward fewer, and more stages."""
+    size = tile[0] * tile[1]
+    features = FEATURES[dtype] if size <= 2048 else FEATURES[dtype][-2:]
+    warps: tuple[int, ...] = (4, 8, 16, 2) if size <= 2048 else (8, 16, 4)
+    if kernel == "backward":
+        warps = warps[:2]
+    rest = list(itertools.product(features, warps, (2, 1)))
+    rest += itertools.product(features, warps, (3,)) if kernel == "forward" else ()
+    configured = ahead_of_time.configuration_of(rows_of(kernel, dtype, tile, target)[0])
+    if kernel == "forward, cost":  # without tokens there are no steps
+        rest = [(configured[0], num_warps, configured[2]) for num_warps in warps]
+    return list(dict.fromkeys([configured, *rest]))
+
+
+def rows_of(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> list[Row]:
+    """The rows of the table that are chosen by, the one first that most often has a stack; of backwards, `unroll`."""
+    names, dtypes = [kernel], [dtype]
+    if kernel == "forward":
+        of_kernel = [name for name, variant in ahead_of_time.VARIANTS.items() if variant.configured == kernel]
+        names = sorted((name for name in of_kernel if "cost" not in name), key="forward, inference".__ne__)
+    if kernel == "forward, cost" and dtype == "float32":
+        dtypes = ["float32", "bfloat16", "float16"]
+    return [Row(name, of, tile, target) for name in names for of in dtypes if tile in ahead_of_time.tiles(name, of)]
+
+
+def choose_ahead(
+    kernel: str, dtype: str, tile: tuple[int, int], target: str, tried: Tried
+) -> tuple[Configuration, int, Tried]:
+    """The first candidate without a stack in any row, or the one with the least; its stack; what was compiled anew."""
+    best, least, new = (0, 0, 0), sys.maxsize, {}
+    for candidate in candidates_ahead(kernel, dtype, tile, target):
         most = 0
-        for row in rows:
-            if most < least:
-                most = max(most, _stack(row, candidate))
+        for row in rows_of(kernel, dtype, tile, target):
+            if most < (least if kernel == "backward" else 1):
+                key = row, candidate
+                if key not in tried:
+                    tried[key] = new[key] = _compiled(row, candidate)
+                most = max(most, _stack(row, tried[key]))
         if most < least:
             best, least = candidate, most
         if least == 0:
             break
-    return best, least
+    return best, least, new
 
 
-def _stack(row: Row, candidate: Configuration) -> int:
+def _compiled(row: Row, candidate: Configuration) -> Resources | str:
+    """Resources, or the name of the error."""
+    blocks = dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"), row.tile + candidate))
+    found = try_row(row, blocks)
+    return found.partition(":")[0] if isinstance(found, str) else found
+
+
+def _stack(row: Row, found: Resources | str) -> int:
     """Bytes a thread; more than any where it does not compile or does not fit."""
-    found = try_row(row, _blocks(row.tile, candidate))
-    too_much = isinstance(found, str) or found.shared > configurations.SHARED_MEMORY[row.target]
-    return sys.maxsize - 1 if too_much else found.stack
+    if isinstance(found, str) or found.shared > configurations.SHARED_MEMORY[row.target]:
+        return NO_GOOD
+    return found.stack
 
 
-def tune_ahead(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
-    """Every target's own choice; what is not as on sm_90 is written down as an override."""
-    tasks = [(*task, target) for task in wanted for target in ahead_of_time.TARGETS]
-    with compiling(processes=6) as pool:
-        found = {}
-        for task, (chosen, stack) in zip(tasks, pool.map(choose_ahead, *zip(*tasks))):
-            found[task] = chosen
-            print(*task, chosen, f"stack {stack}", flush=True)
-    for (kernel, dtype, size, target), chosen in found.items():
-        everybody = found[kernel, dtype, size, "sm_90"]
-        table["configurations"][kernel][dtype][str(size)] = list(everybody)
-        own = table["overrides"].setdefault(target, {}).setdefault(kernel, {}).setdefault(dtype, {})
-        for name in [name for name in own if name == str(size) or "x" in name]:
-            del own[name]
-        if chosen != everybody:
-            own[str(size)] = list(chosen)
-    table["overrides"] = without_empty(table["overrides"])
-    write(table)
+def known() -> Tried:
+    """What was tried, and the rows of the table, as far as they are of these sources."""
+    table, tried = ahead_of_time.load_table(), load_tried(sources_hash)
+    for row in ahead_of_time.rows():
+        if ahead_of_time.VARIANTS[row.variant].configured in KINDS and ahead_of_time.is_current(row, table):
+            resources = ahead_of_time.committed(row, table)
+            assert resources
+            tried[row, ahead_of_time.configuration_of(row)] = resources
+    return tried
 
 
-def without_empty(table: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: without_empty(value) if isinstance(value, dict) else value for name, value in table.items()}
-    return {name: value for name, value in kept.items() if value != {}}
+Task = tuple[str, str, tuple[int, int], str]  # kernel, dtype, tile, target
 
 
-def _blocks(tile: tuple[int, int], candidate: Configuration) -> dict[str, int]:
-    return dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"), tile + candidate))
+def tasks_ahead(only: set[str]) -> list[Task]:
+    """Everything to be chosen, or what has all of these words: kernel, dtype, class, tile, target."""
+    kinds = {
+        "forward": ahead_of_time.DTYPES,
+        "forward, cost": ("float64", "float32"),  # which half precision is solved in
+        "backward": ("float32", "bfloat16", "float16"),
+    }
+    tasks = []
+    for kernel, dtype in [(kernel, dtype) for kernel, dtypes in kinds.items() for dtype in dtypes]:
+        tiles = ahead_of_time.tiles(kernel, dtype) if kernel != "backward" else BACKWARD
+        for tile, target in itertools.product(tiles, ahead_of_time.TARGETS):
+            size = configurations.size_class(kernel, dtype, *tile)
+            if only <= {*kernel.split(", "), dtype, str(size), f"{tile[0]}x{tile[1]}", target}:
+                tasks.append((kernel, dtype, tile, target))
+    return tasks
+
+
+def tune_ahead(tasks: list[Task], table: dict[str, Any], processes: int) -> None:
+    """What is not as configured becomes an override of its tile and target."""
+    tried = known()
+    own = [{key: found for key, found in tried.items() if key[0] in rows_of(*task)} for task in tasks]
+    with compiling(processes) as pool:
+        for task, (chosen, stack, new) in zip(tasks, pool.map(choose_ahead, *zip(*tasks), own)):
+            kernel, dtype, tile, target = task
+            if new:
+                write_tried(load_tried(sources_hash) | new, sources_hash)
+            if stack == NO_GOOD:
+                print(*task, "nothing compiles", flush=True)
+            elif chosen != ahead_of_time.configuration_of(rows_of(*task)[0]):
+                print(*task, chosen, f"stack {stack}", flush=True)
+                of_target = table["overrides"].setdefault(target, {}).setdefault(kernel, {}).setdefault(dtype, {})
+                of_target[f"{tile[0]}x{tile[1]}"] = list(chosen)
+                write(table)
 
 
 def cost_measured(kernel: str, dtype: str, size: int) -> list[float]:
@@ -167,13 +222,17 @@ def write(table: dict[str, Any]) -> None:
 
 
 def tune_measured(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
+    """The fastest becomes an override for this GPU; of tiles that have their own, the one that was timed."""
+    target = configurations.target_of(torch.device("cuda"))
     for kernel, dtype, size in wanted:
         costs = cost_measured(kernel, dtype, size)
         best = min(range(len(costs)), key=costs.__getitem__)
         chosen = candidates(dtype, size)[best]
         print(f"{kernel} {dtype} {size}: {chosen}, {costs[best]:g} ms", flush=True)
         if costs[best] < float("inf"):
-            table["configurations"][kernel][dtype][str(size)] = list(chosen)
+            own = table["overrides"].setdefault(target, {}).setdefault(kernel, {}).setdefault(dtype, {})
+            own[str(size)] = list(chosen)
+            own.pop("x".join(map(str, REPRESENTATIVE[size])), None)
             write(table)
 
 
@@ -181,14 +240,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ahead", action="store_true", help="by resources, without a GPU")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernel, dtype, class: those that match")
+    parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
+    only, table = set(options.only), json.loads(CONFIGURATIONS.read_text())
+    if options.ahead:
+        tune_ahead(tasks_ahead(only), table, options.processes)
+        return
     wanted = [
         (kernel, dtype, size)
         for kernel, dtype in itertools.product(KINDS, ahead_of_time.DTYPES)
         for size in configurations.CLASSES[kernel][dtype]
-        if set(options.only) <= {kernel, dtype, str(size)}
+        if only <= {kernel, dtype, str(size)}
     ]
-    (tune_ahead if options.ahead else tune_measured)(wanted, json.loads(CONFIGURATIONS.read_text()))
+    tune_measured(wanted, table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A row of the ahead-of-time table: which kernel, called how. Each path's own are in ``variants_*.py``."""
+"""A row of the ahead-of-time table: which kernel, called how; what it takes. Each path's own: ``variants_*.py``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ class Family(NamedTuple):
     forward: Callable[[str], bool]  # which must not have a stack
     sources: Callable[[str], tuple[str, ...]]  # modules that its rows are made of, the kernel's own last
     runs: Callable[[str, tuple[int, int], str], bool] = lambda dtype, tile, target: True  # whether a target has it
+
+
+class Resources(NamedTuple):
+    """Of a thread: registers, and bytes of stack, which is where they spill to. Of a program: bytes shared."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+class Row(NamedTuple):
+    variant: str
+    dtype: str
+    tile: tuple[int, int]
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.dtype} {self.tile[0]}x{self.tile[1]} {self.target}"
 
 
 SOLUTION = "f_ptr g_ptr error_ptr history_ptr"

@@ -15,7 +15,9 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ahead_of_time  # noqa: E402
+import tune_triton  # noqa: E402
 from ahead_of_time import Resources, Row  # noqa: E402
+from tried import TRIED, load_tried  # noqa: E402
 from variants_packed import LONG  # noqa: E402
 from variants_streaming import VARIANTS as STREAMING  # noqa: E402
 
@@ -147,19 +149,41 @@ def test_many_small_costs_are_in_the_table_in_every_class():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["forward", "forward, cost"])
-def test_every_tile_means_those_that_are_launched(variant, dtype):
-    """Of tokens, and of a cost in the dtype that it is solved in, for whatever N and M stay on chip."""
-    if variant == "forward, cost" and dtype in (torch.bfloat16, torch.float16):
-        dtype = torch.float32
+@pytest.mark.parametrize("variant", ["forward", "forward, inference", "forward, cost"])
+def test_every_tile_that_is_launched_is_in_the_table(variant, dtype):
+    """Of tokens, or of a cost, for whatever N and M stay on chip."""
     sizes = [1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257]
-    taken = {
+    launched = {
         (tile_side(N), tile_side(M))
         for N, M in itertools.product(sizes, sizes)
-        if fits_on_chip(N, M, 2 if variant == "forward" else 0, dtype)
+        if fits_on_chip(N, M, 0 if variant == "forward, cost" else 2, dtype)
     }
-    named = variant, str(dtype).removeprefix("torch.")
-    assert taken == {row.tile for row in ahead_of_time.rows(every_tile=True) if row[:2] == named}
+    wanted = variant, str(dtype).removeprefix("torch.")
+    for target in ahead_of_time.TARGETS:
+        assert launched == {row.tile for row in ROWS if row[:2] == wanted and row.target == target}
+    assert len(launched) > 8
+
+
+def test_the_search_ahead_of_time_ends_at_what_is_configured(monkeypatch):
+    """``tune_triton.py --ahead``, from what has been compiled: nothing would change, and no forward has a stack."""
+    monkeypatch.setattr(tune_triton, "_compiled", lambda row, candidate: pytest.fail(f"{row} {candidate}: not tried"))
+    tried = tune_triton.known()
+    for task in tune_triton.tasks_ahead(set()):
+        chosen, stack, _ = tune_triton.choose_ahead(*task, tried)
+        assert chosen == ahead_of_time.configuration_of(tune_triton.rows_of(*task)[0]), task
+        assert stack == 0 or task[0] == "backward", task
+
+
+def test_what_was_tried_is_of_these_sources():
+    """And says the same as the table of what was taken."""
+    file = json.loads(TRIED.read_text())
+    assert file["sources"] == {name: ahead_of_time.sources_hash(name) for name in file["sources"]}
+    if file["triton"] == triton.__version__:
+        found = load_tried(ahead_of_time.sources_hash)
+        assert len(found) == sum(map(len, file["rows"].values())) > 500
+        for (row, configuration), result in found.items():
+            if configuration == ahead_of_time.configuration_of(row):
+                assert result == ahead_of_time.committed(row, TABLE), row
 
 
 def test_no_row_spills_in_a_forward_or_takes_more_than_the_target_has():
@@ -173,7 +197,7 @@ def test_no_forward_kernel_has_a_stack():
     names = "forward", "streaming:", "packed"
     forward = [(row, ahead_of_time.committed(row, TABLE)) for row in ROWS if row.variant.startswith(names)]
     forward = [(row, resources) for row, resources in forward if "backward" not in row.variant]
-    assert len(forward) > 300
+    assert len(forward) > 1000
     assert not [f"{row}: {resources}" for row, resources in forward if resources is None or resources.stack]
 
 
@@ -217,8 +241,8 @@ def test_items_are_counted_in_64_bits_and_nothing_is_atomic():
 
 
 def test_a_bad_configuration_is_reported():
-    row = Row("forward", "float32", (64, 32), "sm_90")
-    bad = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 1, "num_stages": 2}
+    row = Row("forward", "bfloat16", (16, 32), "sm_90")
+    bad = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
     (found,) = compile_elsewhere([row], bad)
     assert found.stack > 0
     assert ahead_of_time.problems(row, found) == [f"{row}: a stack of {found.stack} bytes, in a forward kernel"]
