@@ -149,7 +149,8 @@ def test_copies_exceed_the_cache(timing):
     assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 1
 
 
-def test_the_sanitizer_sees_every_way(monkeypatch):
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_sanitizer_sees_every_way(monkeypatch, target):
     """Tokens and costs on every path, packed tokens on chip and beyond, the loss, each with a backward."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import sanitize
@@ -157,15 +158,19 @@ def test_the_sanitizer_sees_every_way(monkeypatch):
     from otfuse.backends import triton_loss
     from otfuse.backends._triton_paths import Path as Way
     from otfuse.backends._triton_paths import choose, fits_on_chip
+    from otfuse.backends.triton_cluster import HELD
 
+    memory = 16 << 30, HELD[target]
     tokens, costs, aligned = set(), set(), 0
     for B, N, M, D, dtype, grad, *_ in sanitize.SHAPES:
-        tokens.add((choose(B, N, M, D, dtype, 16 << 30), grad == "unroll"))
-        costs.add(choose(B, N, M, 0, dtype, 16 << 30))
+        tokens.add((choose(B, N, M, D, dtype, *memory), grad == "unroll"))
+        costs.add(choose(B, N, M, 0, dtype, *memory))
         aligned += triton_loss.fits(torch.empty(B, N, M, dtype=dtype, device="meta"))
-    assert {way for way, _ in tokens} == {Way.ON_CHIP, Way.STORED, Way.RECOMPUTED} and (Way.ON_CHIP, True) in tokens
-    assert {(Way.STORED, False), (Way.RECOMPUTED, True)} <= tokens
-    assert costs == {Way.ON_CHIP, Way.SMALL, Way.STORED}
+    large = {Way.CLUSTER, Way.STORED}
+    assert {way for way, _ in tokens} == {Way.ON_CHIP, *large, Way.RECOMPUTED}
+    assert {(Way.ON_CHIP, True), (Way.CLUSTER, True), (Way.STORED, True), (Way.RECOMPUTED, True)} <= tokens
+    assert (Way.CLUSTER, False) in tokens
+    assert costs == {Way.ON_CHIP, Way.SMALL, *large}
     beyond = {grad for _, N, M, D, dtype, grad, *_ in sanitize.SHAPES if not fits_on_chip(N, M, D, dtype)}
     assert {"unroll", "implicit"} <= beyond and aligned > 5
 
