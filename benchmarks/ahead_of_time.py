@@ -126,7 +126,7 @@ EVERY_TILE = "forward", "forward, inference", "forward, cost"  # that is launche
 
 # Of the backward, besides, others of the same size, that lie the other way or are thin: their blocks of tokens are the
 # largest that are launched; and what is searched through (tune_triton.py).
-_OTHERS = [(256, 32), (32, 256), (64, 128), (64, 64), (128, 32)]
+_OTHERS = [(256, 32), (32, 256), (64, 128), (64, 64)]
 OTHERS = {"float64": [(32, 64)], "float32": _OTHERS, "bfloat16": _OTHERS, "float16": _OTHERS}
 
 

@@ -33,8 +33,8 @@ CONFIGURATIONS = KERNELS / "configurations.json"
 REPRESENTATIVE = {512: (32, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 KINDS = ("forward", "backward")
 FEATURES = {"float64": (16, 8), "float32": (32, 16, 8), "bfloat16": (64, 32, 16), "float16": (64, 32, 16)}
-# Of a backward, ahead of time: the tiles of the sizes that matter most; the others are configured by their class.
-BACKWARD = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (256, 32)]
+# Of a backward, ahead of time: the tiles that are searched through; the others are configured by their class.
+BACKWARD = [(64, 64), (128, 128)]
 BATCH, D = 256, 768
 NO_GOOD = sys.maxsize - 1  # for a stack: does not compile, or does not fit
 
@@ -61,6 +61,7 @@ def candidates_ahead(kernel: str, dtype: str, tile: tuple[int, int], target: str
     rest += itertools.product(features, warps, (3,)) if kernel == "forward" else ()
     configured = ahead_of_time.configuration_of(rows_of(kernel, dtype, tile, target)[0])
     if kernel == "forward, cost":  # without tokens there are no steps
+        warps = (4, 2, 8, 16) if size <= 2048 else warps
         rest = [(configured[0], num_warps, configured[2]) for num_warps in warps]
     return list(dict.fromkeys([configured, *rest]))
 
