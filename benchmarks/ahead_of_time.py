@@ -348,10 +348,10 @@ def load_table() -> dict[str, Any]:
 def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     """One line a tile, its targets side by side."""
     table: dict[str, Any] = {}
-    for row, resources in found.items():
+    for row in [row for row in rows() if row in found]:
         tile = f"{row.tile[0]}x{row.tile[1]}"
         sides = table.setdefault(row.variant, {}).setdefault(row.dtype, {})
-        sides.setdefault(tile, {})[row.target] = [*resources, *_steps(row)]
+        sides.setdefault(tile, {})[row.target] = [*found[row], *_steps(row)]
     variants = []
     for variant, dtypes in table.items():
         blocks = []

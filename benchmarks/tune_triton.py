@@ -67,11 +67,13 @@ def candidates_ahead(kernel: str, dtype: str, tile: tuple[int, int], target: str
 
 
 def rows_of(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> list[Row]:
-    """The rows of the table that are chosen by, the one first that most often has a stack; of backwards, `unroll`."""
+    """The rows of the table that are chosen by, which are configured together; first what most often has a stack."""
     names, dtypes = [kernel], [dtype]
     if kernel == "forward":
         of_kernel = [name for name, variant in ahead_of_time.VARIANTS.items() if variant.configured == kernel]
         names = sorted((name for name in of_kernel if "cost" not in name), key="forward, inference".__ne__)
+    if kernel == "backward":
+        names += ["backward, implicit", *(["backward, cost"] if dtype == "float32" else [])]
     if kernel == "forward, cost" and dtype == "float32":
         dtypes = ["float32", "bfloat16", "float16"]
     return [Row(name, of, tile, target) for name in names for of in dtypes if tile in ahead_of_time.tiles(name, of)]
