@@ -11,15 +11,16 @@
 typedef struct {
   int du, dv;  // adjoints
   int wu, wv;  // what a half round sends through K
+  int next;    // the first vector that is free behind them
 } adjoints;
 
-static inline adjoints lay_out_adjoints(shape* s) {
+static inline adjoints lay_out_adjoints(shape s, vectors p) {
   adjoints d;
-  d.du = s->next;
-  d.wu = d.du + s->row_blocks;
-  d.dv = d.wu + s->row_blocks;
-  d.wv = d.dv + s->column_blocks;
-  s->next = d.wv + s->column_blocks;
+  d.du = p.next;
+  d.wu = d.du + s.row_blocks;
+  d.dv = d.wu + s.row_blocks;
+  d.wv = d.dv + s.column_blocks;
+  d.next = d.wv + s.column_blocks;
   return d;
 }
 

@@ -67,12 +67,12 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f, zero = 0.0f;
   shape s = shape_of(values, 0);
-  const vectors p = lay_out(&s);
-  const adjoints d = lay_out_adjoints(&s);
+  const vectors p = lay_out(s);
+  const adjoints d = lay_out_adjoints(s, p);
   const int slot = get_dim_size(history, 1) - 1;
   solve q;
   q.sums = d.wv;
-  q.solution = s.next;
+  q.solution = d.next;
   q.residual = d.dv;
   q.direction = p.v;
   q.scaled = p.log_v;

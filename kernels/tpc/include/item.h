@@ -68,7 +68,7 @@ static inline float64 load_columns(shape s, tensor from, int block, int item) {
   x = MOVE_DUAL_GROUPS(x3, 0, 0, 0, 0, MkWrA(0, 0, 0, 3), x);
   x = reverse_lanes(x);
   // Lanes beyond the last tile hold what belongs to the next dual group.
-  return v_f32_sel_grt_u32_b((uint64)(uint32_t)tiles_in_block(s, block), reversed_lane(), x, (float64)0.0f);
+  return v_f32_sel_grt_u32_b((uint64)(unsigned)tiles_in_block(s, block), reversed_lane(), x, (float64)0.0f);
 }
 
 static inline void store_columns(shape s, tensor to, int block, int item, float64 x) {
@@ -83,7 +83,7 @@ static inline void store_columns(shape s, tensor to, int block, int item, float6
 // The columns of tile 16 block + 4 quad + i, each in all lanes of its dual group: i is 0 ... 3, a constant.
 #define SPREAD_COLUMN(x, quad, i) \
   v_f32_shuffle_b(x, \
-                  (uchar256)(uint64)(uint32_t)(ENABLE | (((i) & 1) << 5) | (((i) >> 1) << 2) | (((quad) & 1) << 1) | \
+                  (uchar256)(uint64)(unsigned)(ENABLE | (((i) & 1) << 5) | (((i) >> 1) << 2) | (((quad) & 1) << 1) | \
                                                ((quad) >> 1)), \
                   0, x)
 
@@ -219,5 +219,5 @@ static inline void store_tiles(shape s, tensor to, int item, int block, int c, f
 static inline float64 spread_column(float64 x, int c) {
   const int lane = c & 15;
   const int source = ((lane & 1) << 5) | ((lane & 2) << 1) | ((lane & 4) >> 1) | (lane >> 3);
-  return v_f32_shuffle_b(x, (uchar256)(uint64)(uint32_t)(ENABLE | source), 0, x);
+  return v_f32_shuffle_b(x, (uchar256)(uint64)(unsigned)(ENABLE | source), 0, x);
 }

@@ -3,7 +3,7 @@
 static inline int64 bits_of(float64 x) { return *((int64*)&x); }
 static inline float64 from_bits(int64 bits) { return *((float64*)&bits); }
 
-#define INFINITE __builtin_inff()
+static inline float64 minus_infinity() { return from_bits((int64)-0x00800000); }
 
 static inline float64 where_positive(float64 condition, float64 yes, float64 no) {
   return v_f32_sel_grt_f32_b(condition, (float64)0.0f, yes, no);

@@ -9,18 +9,19 @@ typedef struct {
   int u, v;          // scalings since the last fold
   int log_u, log_v;  // what is folded into K
   int rows;          // K v
+  int next;          // the first vector that is free behind them
 } vectors;
 
-static inline vectors lay_out(shape* s) {
+static inline vectors lay_out(shape s) {
   vectors p;
-  p.a = s->next;
-  p.u = p.a + s->row_blocks;
-  p.log_u = p.u + s->row_blocks;
-  p.rows = p.log_u + s->row_blocks;
-  p.b = p.rows + s->row_blocks;
-  p.v = p.b + s->column_blocks;
-  p.log_v = p.v + s->column_blocks;
-  s->next = p.log_v + s->column_blocks;
+  p.a = s.next;
+  p.u = p.a + s.row_blocks;
+  p.log_u = p.u + s.row_blocks;
+  p.rows = p.log_u + s.row_blocks;
+  p.b = p.rows + s.row_blocks;
+  p.v = p.b + s.column_blocks;
+  p.log_v = p.v + s.column_blocks;
+  p.next = p.log_v + s.column_blocks;
   return p;
 }
 
@@ -77,7 +78,7 @@ static inline range range_of(shape s, vectors p, tensor values, int item, float 
 // Four tiles of log K with what is folded in; -inf at padding.
 static inline four log_tiles(shape s, vectors p, range r, tensor values, int item, int block, int c) {
   const float64 a = local[p.a + block], b = spread_column(local[p.b + (c >> 4)], c);
-  four x = load_tiles(s, values, item, block, c, a, b, r.sign, (float64)-INFINITE);
+  four x = load_tiles(s, values, item, block, c, a, b, r.sign, minus_infinity());
   const four log_u = spread_rows(local[p.log_u + block]);
   const float64 log_v = spread_column(local[p.log_v + (c >> 4)], c);
 #define TILE(k) x.v##k = v_f32_mac_b(x.v##k - r.shift, r.size, log_u.v##k) + log_v;

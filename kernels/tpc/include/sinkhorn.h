@@ -61,7 +61,7 @@ static inline void store_plan(shape s, vectors p, lifts l, range r, tensor plan,
 // epsilon (log w + what is folded), -inf where there is no weight.
 static inline float64 potential(float64 weight, float64 scaling, float64 folded, range r, float64 epsilon) {
   const float64 value = v_f32_mac_b(folded + logarithm(scaling), epsilon, r.poison);
-  return where_positive(weight, value, r.poison - INFINITE);
+  return where_positive(weight, value, r.poison + minus_infinity());
 }
 
 static inline void store_potentials(shape s, vectors p, range r, tensor f, tensor g, int item) {
@@ -155,9 +155,9 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
   const int5 last = get_index_space_size() + first;
   slot x, y;
   x.s = shape_of(values, 0);
-  x.p = lay_out(&x.s);
-  y.s = shape_of(values, x.s.next);
-  y.p = lay_out(&y.s);
+  x.p = lay_out(x.s);
+  y.s = shape_of(values, x.p.next);
+  y.p = lay_out(y.s);
   const int in_registers = fits_registers(x.s);
   for (int item = first[0]; item < last[0]; item++) {
     x = start(x, values, a, b, forms, item, scale);

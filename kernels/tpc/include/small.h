@@ -36,7 +36,7 @@ static inline float64 entry(batch s, tensor values, int i, int j, float64 otherw
 
 // Its log K, with what is folded in.
 static inline float64 log_entry(batch s, tensor values, int i, int j) {
-  const float64 x = entry(s, values, i, j, (float64)-INFINITE);
+  const float64 x = entry(s, values, i, j, minus_infinity());
   return v_f32_mac_b(x - s.shift, s.size, log_u[i]) + log_v[j];
 }
 
@@ -195,7 +195,7 @@ static inline void store_potential(batch s, tensor to, int i, float64 weight, fl
                                    float64 shift) {
   const float64 epsilon = quotient((float64)1.0f, s.size);
   const float64 value = v_f32_mac_b(folded + logarithm(scaling), epsilon, s.poison) - shift;
-  v_f32_st_tnsr(place(s.lane, i, 0), to, where_positive(weight, value, s.poison - INFINITE));
+  v_f32_st_tnsr(place(s.lane, i, 0), to, where_positive(weight, value, s.poison + minus_infinity()));
 }
 
 void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor f, tensor g, tensor report,

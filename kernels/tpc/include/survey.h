@@ -34,7 +34,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, float scale) {
   const int5 last = get_index_space_size() + first;
   shape s = shape_of(values, 0);
   s.next = 0;  // no matrix here
-  const vectors p = lay_out(&s);
+  const vectors p = lay_out(s);
   for (int item = first[0]; item < last[0]; item++) {
     load_weights(s, p, a, b, item);
     const range high = range_of(s, p, values, item, scale, 0, 0), low = range_of(s, p, values, item, scale, 1, 0);

@@ -61,11 +61,11 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
   const int5 last = get_index_space_size() + first;
   const float64 always = 1.0f;
   shape s = shape_of(values, 0);
-  const vectors p = lay_out(&s);
-  const adjoints d = lay_out_adjoints(&s);
-  const int sum_a = p.rows, sum_b = s.next, before = s.next + s.column_blocks;
+  const vectors p = lay_out(s);
+  const adjoints d = lay_out_adjoints(s, p);
+  const int sum_a = p.rows, sum_b = d.next, before = d.next + s.column_blocks;
   part q;
-  q.at = s.next + 2 * s.column_blocks;
+  q.at = d.next + 2 * s.column_blocks;
   for (int item = first[1]; item < last[1]; item++) {
     load_weights(s, p, a, b, item);
     const range r = range_of(s, p, values, item, scale, 0, 1);
