@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from otfuse.backends import triton_cluster
 from otfuse.backends._triton_paths import CLUSTER_PART, Path, cluster_size, fits_on_chip
 from otfuse.backends._triton_paths import choose as choose_of
 
@@ -123,3 +124,22 @@ def test_a_cluster_holds_half_of_a_cost_in_half_precision():
         assert choose(1, *sizes, 0, torch.bfloat16, H200, held=CLUSTERS) is path
         assert choose(1, *sizes, 0, torch.float32, H200, held=CLUSTERS) is Path.CLUSTER
         assert choose(1, *sizes, 768, torch.bfloat16, H200, held=CLUSTERS) is Path.CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "held"),
+    [
+        ("sm_90", (9, 0), CLUSTERS),
+        ("sm_100", (10, 0), CLUSTERS // 2),
+        ("sm_100", (10, 3), CLUSTERS // 2),
+        ("sm_100", (13, 0), CLUSTER_PART),
+        ("sm_80", (8, 0), CLUSTER_PART),
+        ("gfx942", (9, 4), NONE),
+        ("interpreter", None, CLUSTERS),
+    ],
+    ids=str,
+)
+def test_what_a_cluster_of_a_device_holds(monkeypatch, target, capability, held):
+    monkeypatch.setattr(triton_cluster, "target_of", lambda device: target)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert triton_cluster.held_by.__wrapped__(torch.device("cuda", 0)) == held

@@ -43,8 +43,8 @@ def held_by(device: torch.device) -> int:
     target = target_of(device)
     if target == INTERPRETER:
         return INTERPRETED
-    if target == "sm_90" and torch.cuda.get_device_capability(device) != (9, 0):
-        return CLUSTER_PART  # another generation with as much memory
+    if HELD[target] > CLUSTER_PART and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return CLUSTER_PART  # another generation with as much memory: its clusters are not known
     return HELD[target]
 
 
