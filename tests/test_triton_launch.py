@@ -164,13 +164,17 @@ WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
 }
 
 
-@needs_triton
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_no_value_is_read_on_any_way(monkeypatch, device, way, mode):
-    """Forward and backward, weights and early stop included: a graph can capture it, nobody waits."""
+@pytest.fixture(params=[f"{way}-{mode}" for way in WAYS for mode in MODES])
+def run(request, monkeypatch, device):
+    """Forward and backward on one of the ways, by one of the gradient modes."""
+    way, mode = request.param.rsplit("-", 1)
     make, how = WAYS[way]
-    run = make(monkeypatch, device, how, MODES[mode])
+    return make(monkeypatch, device, how, MODES[mode])
+
+
+@needs_triton
+def test_no_value_is_read_on_any_way(run):
+    """Forward and backward, weights and early stop included: a graph can capture it, nobody waits."""
     with Calls() as calls:
         gradients = run()
     assert [str(func) for func, args in calls.seen if reads_values(func, args)] == []
@@ -223,12 +227,8 @@ def test_no_grid_is_larger_than_a_device_takes(grids, shape, grad):
 
 
 @needs_cuda
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_in_a_cuda_graph(monkeypatch, device, way, mode):
+def test_every_way_in_a_cuda_graph(run):
     """Captured once on a stream of its own, replayed: as when it is launched."""
-    make, how = WAYS[way]
-    run = make(monkeypatch, device, how, MODES[mode])
     expected = [gradient.clone() for gradient in run()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -100,8 +100,8 @@ class Solve:
     """A batch under way: what is streamed, and the state of the rounds.
 
     What a launch needs beyond inputs and outputs is made here and in Adjoint: O(B T (N + M)) numbers, B P M for the
-    strips' parts of the sums over columns, and B N M in one case only, for tokens on the path STORED. N and M are those
-    of the longest item, if the items are packed (``places``).
+    strips' parts of the sums over columns, and B N M in one case only, for tokens on the paths STORED and CLUSTER. N
+    and M are those of the longest item, if the items are packed (``places``).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Solve:
         self.tokens = values.dtype if x is None else x.dtype
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         self.values = values
-        self.over = triton_cluster.cluster_blocks(self.N, self.M, held) if held else None
+        self.cluster = triton_cluster.cluster_blocks(self.N, self.M, held) if held else None
         self.lines = self.rows + self.columns
         self.weights, self.exponent, self.scaling = (self.new(self.lines) for _ in range(3))
         self.items = self.new(self.B, 4)
@@ -228,13 +228,13 @@ class Solve:
         """All rounds; ``keep`` is streaming.HISTORY_NONE, HISTORY_LAST or HISTORY_ALL."""
         f, g, error, rounds, history = solution
         self.start(history if keep else None, rounds)
-        if self.over:
-            over = (
+        if self.cluster:
+            passed = (
                 self.matrix, self.weights, self.items, self.first, self.exponent, self.scaling, f, g, error, rounds,
                 history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
             )  # fmt: skip
-            constants = {"STOPS": tol > 0, "HISTORY": keep, **self.over}
-            self.launch(triton_cluster.rounds_kernel(), (self.B,), over, constants)
+            constants = {"STOPS": tol > 0, "HISTORY": keep, **self.cluster}
+            self.launch(triton_cluster.rounds_kernel(), (self.B,), passed, constants)
             return
         for t in range(num_iters):
             self.strip(t, FIRST=False, LAST=False)
@@ -368,12 +368,12 @@ class Adjoint(Solve):
         self.launch_blocks(_backward()._adjoint_strip_kernel, arguments, constants, rows=self.strip_rows)
 
     def unroll(self, start: Tensor) -> None:
-        if self.over:
-            over = (
+        if self.cluster:
+            passed = (
                 self.matrix, self.weights, *self.kept, self.first, start, self.pull, self.total,
                 self.N, self.M, self.M, self.scale, self.num_iters,
             )  # fmt: skip
-            self.launch(triton_cluster.adjoint_rounds_kernel(), (self.B,), over, self.over)
+            self.launch(triton_cluster.adjoint_rounds_kernel(), (self.B,), passed, self.cluster)
             return
         for t in reversed(range(self.num_iters)):
             self.adjoint_strip(ROUND, t, start, None, self.pull, None)
