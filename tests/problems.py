@@ -273,7 +273,7 @@ def assert_solution_accurate(
     epsilon: float,
     what: str,
 ) -> None:
-    """:func:`assert_accurate` for all that a solve returns.
+    """:func:`assert_accurate` for all that a solve returns; ``reference`` has its evaluations in front.
 
     Two of its outputs need a word on what a rounding is. The marginal error is a difference of sums that are one,
     so a rounding is one of those. And ``f + c``, ``g - c`` are potentials as good as ``f``, ``g``: no round corrects
@@ -296,19 +296,19 @@ def assert_solution_accurate(
 
 
 def _constant(out: SinkhornOutput, exact: SinkhornOutput) -> Tensor:
-    """c [B]: half the difference of the mean errors of f and of g."""
+    """c [..., B]: half the difference of the mean errors of f and of g."""
     return (_mean_error(out.f, exact.f) - _mean_error(out.g, exact.g)) / 2
 
 
 def _without_constant(out: SinkhornOutput, exact: SinkhornOutput) -> SinkhornOutput:
     """Without c, in the dtype of the potentials: one rounding more, on both sides of the comparison."""
-    c = _constant(out, exact)[:, None].to(out.f.dtype)
+    c = _constant(out, exact)[..., None].to(out.f.dtype)
     return out._replace(f=out.f - c, g=out.g + c)
 
 
 def _mean_error(values: Tensor, exact: Tensor) -> Tensor:
     live = torch.isfinite(values) & torch.isfinite(exact)
-    return torch.where(live, values.double() - exact, 0).sum(1) / live.sum(1).clamp_min(1)
+    return torch.where(live, values.double() - exact, 0).sum(-1) / live.sum(-1).clamp_min(1)
 
 
 def _size(values: Tensor) -> float:

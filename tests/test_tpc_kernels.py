@@ -24,7 +24,7 @@ from otfuse.attention import Marginals
 from otfuse.backends import _tpc_emulator as emulator
 from otfuse.backends import torch as plain
 from otfuse.backends.base import Solution
-from otfuse.testing import assert_as_accurate_as_reference, clustered_tokens
+from otfuse.testing import assert_as_accurate_as_reference, clustered_tokens, references, reordered
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")
 
@@ -122,19 +122,25 @@ def solve_small(items: Items, T: int, tol: float | None = None, fold_every: int 
     return Solved(plan.permute(2, 0, 1), f.T, g.T, report.T, empty(B, 1), None)
 
 
-def specified(items: Items, T: int, tol: float | None = None, dtype: torch.dtype = torch.float64) -> Solution:
+def specified(
+    items: Items, T: int, tol: float | None = None, dtype: torch.dtype = torch.float64, order: int = 0
+) -> Solution:
     sign = 1 if items.scale > 0 else -1
-    marginals = Marginals(items.a.to(dtype), items.b.to(dtype), True)
     solver = partial(plain.specification, epsilon=1 / abs(items.scale), num_iters=T, tol=tol)
-    return plain.solve(solver, sign * items.values.to(dtype), marginals)
+
+    def solve(similarity: Tensor, a: Tensor, b: Tensor) -> Solution:
+        return plain.solve(solver, similarity, Marginals(a, b, True))
+
+    return reordered(solve, order)(sign * items.values.to(dtype), items.a.to(dtype), items.b.to(dtype))
 
 
 def assert_solved(items: Items, solved: Solved, T: int, tol: float | None = None) -> None:
-    exact, reference = specified(items, T, tol), specified(items, T, tol, torch.float32)
+    exact = specified(items, T, tol)
+    reference = Solution(*references(lambda order: specified(items, T, tol, torch.float32, order)))
     assert_as_accurate_as_reference(solved.plan, reference.plan, exact.plan, what="plan")
     for name in ("f", "g"):
         assert torch.equal(getattr(solved, name).isneginf(), getattr(exact, name).isneginf()), name
-    sums = [s.f[:, :, None] + s.g[:, None, :] for s in (solved, reference, exact)]
+    sums = [s.f[..., :, None] + s.g[..., None, :] for s in (solved, reference, exact)]
     size = sum(p.masked_fill(p.isinf(), 0).abs().max() for p in (exact.f, exact.g))
     assert_as_accurate_as_reference(*sums, scale=float(size), what="f + g")
     error = [solved.report[:, 0], reference.marginal_error, exact.marginal_error]
@@ -292,18 +298,26 @@ def unroll(items: Items, solved: Solved, incoming: list[Tensor], tiles: int = 0,
 
 
 def specified_gradients(
-    items: Items, T: int, tol: float | None, incoming: list[Tensor], implicit: bool, dtype: torch.dtype = torch.float64
+    items: Items,
+    T: int,
+    tol: float | None,
+    incoming: list[Tensor],
+    implicit: bool,
+    dtype: torch.dtype = torch.float64,
+    order: int = 0,
 ) -> Gradients:
     """By autograd; what is not determined, a constant of the implicit da and db, is taken out by ``centred``."""
     values, a, b = (t.to(dtype).clone().requires_grad_() for t in items[:3])
     sign, epsilon = (1 if items.scale > 0 else -1), 1 / abs(items.scale)
     solver = partial(plain.specification, epsilon=epsilon, num_iters=T, tol=tol)
-    if implicit:
-        fixed = Marginals(a.detach(), b.detach(), True)
-        solution = plain.solve(solver, sign * values.detach(), fixed)
-        solution = plain.attach_implicit_gradient(solution, sign * values, Marginals(a, b, True), epsilon)
-    else:
-        solution = plain.solve(solver, sign * values, Marginals(a, b, True))
+
+    def solve(similarity: Tensor, a: Tensor, b: Tensor) -> Solution:
+        if not implicit:
+            return plain.solve(solver, similarity, Marginals(a, b, True))
+        solution = plain.solve(solver, similarity.detach(), Marginals(a.detach(), b.detach(), True))
+        return plain.attach_implicit_gradient(solution, similarity, Marginals(a, b, True), epsilon)
+
+    solution = reordered(solve, order)(sign * values, a, b)
     outputs = [torch.where(o.isinf(), 0, o) for o in solution[:3]]
     loss = torch.stack([(o * g.to(dtype)).sum() for o, g in zip(outputs, incoming)]).sum()
     return Gradients(*torch.autograd.grad(loss, (values, a, b)))
@@ -311,14 +325,17 @@ def specified_gradients(
 
 def centred(grad: Tensor, weights: Tensor) -> Tensor:
     grad = torch.where(weights == 0, 0, grad)
-    return torch.where(weights == 0, 0, grad - (weights * grad).sum(1, keepdim=True) / weights.sum(1, keepdim=True))
+    mean = (weights * grad).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    return torch.where(weights == 0, 0, grad - mean)
 
 
 def assert_gradients(
     items: Items, ours: Gradients, T: int, tol: float | None, incoming: list[Tensor], implicit: bool = False
 ) -> None:
     exact = specified_gradients(items, T, tol, incoming, implicit)
-    reference = specified_gradients(items, T, tol, incoming, implicit, torch.float32)
+    reference = Gradients(
+        *references(lambda order: specified_gradients(items, T, tol, incoming, implicit, torch.float32, order))
+    )
     assert_as_accurate_as_reference(ours.values, reference.values, exact.values, what="gradient of values")
     assert (ours.values[(items.a == 0)[:, :, None] | (items.b == 0)[:, None, :]] == 0).all()
     for name, weights in (("a", items.a), ("b", items.b)):
