@@ -27,6 +27,7 @@ from otfuse.testing import clustered_tokens
 ROUNDS = 50
 COUNTED = (4, 8)  # rounds of the two runs whose difference is a round's
 EPSILON = 0.1
+MOST_ERROR = 1e-5  # of what is counted
 SIZES = ((64, 20), (256, 20), (128, 128), (64, 256), (20, 20), (8, 8), (4, 4))
 LAVCAP = (4, 32, 64, 256)
 LANES = 64  # items of a member of ``small``
@@ -126,7 +127,7 @@ def count_unroll(N: int, M: int) -> Counted:
 
 
 def counted(kernel: str, N: int, M: int, items: int, error: float, works: Sequence[Work]) -> Counted:
-    assert error < 1e-5, f"{kernel} {N}x{M}: wrong by {error:.1e}, so it is not counted"
+    assert error < MOST_ERROR, f"{kernel} {N}x{M}: wrong by {error:.1e}, so it is not counted"
     fewer, more = COUNTED
     a_round = model.per_round(*works, more - fewer)
     return Counted(kernel, N, M, items, error, a_round, model.with_rounds(works[1], more, a_round, ROUNDS))

@@ -190,7 +190,8 @@ def assert_as_accurate_as_reference(
         what: named in the failure.
     """
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-    assert reference.shape[1:] == exact.shape, f"{what}: reference {list(reference.shape)}, not [K, *{list(exact.shape)}]"
+    given, expected = list(reference.shape), list(exact.shape)
+    assert given[1:] == expected, f"{what}: reference of shape {given}, expected evaluations [K, *{expected}]"
     dtype, special = actual.dtype, ~torch.isfinite(exact)
     assert torch.equal(_special(actual), _special(exact)), f"{what}: NaN or Inf where there is none, or the reverse"
     actual, reference, exact = (t.double().masked_fill(special, 0) for t in (actual, reference, exact))

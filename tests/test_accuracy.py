@@ -65,7 +65,9 @@ def four_ways(run: Callable, specify: Callable, device: torch.device, *inputs: T
     lowered = [to(value, low) for value in inputs]
 
     def call(function: Callable, values, **options) -> tuple[Tensor, ...]:
-        return tuple(value.cpu() for value in function(*(None if v is None else v.to(device) for v in values), **options))
+        return tuple(
+            value.cpu() for value in function(*(None if v is None else v.to(device) for v in values), **options)
+        )
 
     return [
         call(run, inputs),

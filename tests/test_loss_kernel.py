@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from otfuse import loss
 from otfuse.backends import triton_loss
 from otfuse.backends.base import is_installed
 from otfuse.backends.triton import INTERPRETED
+from otfuse.testing import references, reordered
 
 KINDS = list(itertools.product(loss.ASSIGNMENTS, loss.CONTRASTS))
 SOME_KINDS = [KINDS[0], KINDS[3], KINDS[4]]  # every assignment and either contrast
@@ -51,6 +53,14 @@ def cast(values: dict, dtype: torch.dtype) -> dict:
     return {name: value.to(dtype) if name in MATRICES else value for name, value in values.items()}
 
 
+class Computed(NamedTuple):
+    """The loss and its gradients, named for ``reordered`` after what they belong to."""
+
+    loss: Tensor
+    plan: Tensor
+    similarity: Tensor
+
+
 def compute(values: dict, kernel: bool, kind: tuple[str, str], reduction: str = "mean", temperature: float = 1.0):
     """The loss and its gradients."""
     leaves = [values[name].detach().requires_grad_() for name in MATRICES]
@@ -78,6 +88,19 @@ def assert_same(actual: tuple, expected: tuple, message: str = "") -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=message or None)
 
 
+def references_of(values: dict, kind: tuple[str, str], **options) -> list[Tensor]:
+    """The loss and its gradients in plain PyTorch, in several orders of the tokens."""
+
+    def of(order: int) -> list[Tensor]:
+        def solve(plan, similarity, a, b):
+            values = {"plan": plan, "similarity": similarity, "a": a, "b": b}
+            return Computed(*compute(values, False, kind, **options))
+
+        return list(reordered(solve, order)(**values))
+
+    return references(of)
+
+
 def largest_logit(values: dict, assignment: str, temperature: float) -> float:
     live = torch.ones_like(values["plan"], dtype=torch.bool)
     if values["a"] is not None:
@@ -93,7 +116,7 @@ def assert_kernel_accurate(values: dict, dtype: torch.dtype, kind: tuple[str, st
     options = {"temperature": TEMPERATURES[kind[0]]} | options
     low = torch.float32 if dtype == torch.float64 else dtype
     actual = compute(cast(values, dtype), True, kind, **options)
-    reference = compute(cast(values, low), False, kind, **options)
+    reference = references_of(cast(values, low), kind, **options)
     exact = compute(cast(cast(values, low), torch.float64), False, kind, **options)
     truth = compute(values, False, kind, **options) if dtype == torch.float64 else exact
     assert [result.dtype for result in actual] == [dtype if dtype == torch.float64 else torch.float32, dtype, dtype]

@@ -35,6 +35,12 @@ def lavcap(script):
     return script.Solver(script.count_solver("sinkhorn", 64, 20, 2), script.count_solver("sinkhorn", 64, 20))
 
 
+def without_error(row: str) -> list[str]:
+    """The cells of a printed row but for the fourth, a rounding error."""
+    cells = row.strip("|").split("|")
+    return cells[:3] + cells[4:]
+
+
 class TestArithmetic:
     def test_bounds(self):
         waits, issues = Work(10, 3, 40, 2, 100, 150), Work(10, 3, 140, 2, 100, 300)
@@ -102,7 +108,12 @@ class TestGoals:
     def test_the_printed_table_is_that_of_these_kernels(self, script, lavcap):
         page = max(BENCHMARKS.glob("results/*-gaudi-modelled.md")).read_text(encoding="utf-8")
         rows = re.findall(r"^\| `sinkhorn` \| 64 × 20 \|.*$", page, re.MULTILINE)
-        assert rows == script.counts_table(lavcap).split("\n")[2:], "run: python benchmarks/tpc_model.py"
+        counted = script.counts_table(lavcap).split("\n")[2:]
+        assert [without_error(row) for row in rows] == [without_error(row) for row in counted], (
+            "run: python benchmarks/tpc_model.py"
+        )
+        # Inputs are rounded as the processor does it, so the digits of an error are its own.
+        assert all(0 < float(row.split("|")[4]) < script.MOST_ERROR for row in rows + counted)
         assert script.batches_table(lavcap) in page
         assert script.formulations_table(lavcap) in page
         assert script.fused_table(64, 20) in page

@@ -8,21 +8,31 @@ spread over several blocks of a cluster.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
 from problems import assert_accurate, assert_solution_accurate, padded_weights, randn, weights
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse import attention, fused_ops
+from otfuse import fused_ops
 from otfuse.backends import _triton_paths as paths
 from otfuse.backends import triton as backend
 from otfuse.backends import triton_large as large
 from otfuse.backends._triton_paths import Path
+from otfuse.backends.torch import TorchBackend
 from otfuse.fused_ops import MODES
-from otfuse.problem import SinkhornOutput, cost_problem, token_problem
-from otfuse.testing import SpecificationBackend, clustered_tokens, specified_attend, specified_sinkhorn
+from otfuse.problem import SinkhornAttendOutput, SinkhornOutput, token_problem
+from otfuse.testing import (
+    SpecificationBackend,
+    clustered_tokens,
+    references,
+    reordered,
+    specified_attend,
+    specified_sinkhorn,
+)
 
 N, M, D = 20, 33, 24
 PATHS = (Path.STORED, Path.CLUSTER, Path.RECOMPUTED)
@@ -41,6 +51,11 @@ def on_path(monkeypatch, device):
         monkeypatch.setattr(backend, "path_of", lambda *_: path)
 
     return force
+
+
+def references_of(cost, epsilon, **options):
+    """The specification in several orders."""
+    return SinkhornOutput(*references(lambda order: reordered(specified_sinkhorn, order)(cost, epsilon, **options)))
 
 
 @pytest.mark.parametrize("path, dtype", [
@@ -63,7 +78,9 @@ def test_tokens_are_solved_as_specified(on_path, device, path, dtype):
     out = otfuse.sinkhorn_attend(x, y, a=a, return_plan=True, backend="triton", **options)
     solve = torch.float64 if dtype == torch.float64 else torch.float32
     truth = specified_attend(x.double(), y.double(), a=a.double(), **options)
-    reference = specified_attend(x.float(), y.float(), a=a, **options)
+    reference = SinkhornAttendOutput(
+        *references(lambda order: reordered(specified_attend, order)(x.float(), y.float(), a=a, **options))
+    )
     exact = specified_attend(x.float().double(), y.float().double(), a=a.double(), **options)
     assert len(set(truth.num_iters.tolist())) > 1, "items that stop at different rounds"
     plans = [SinkhornOutput(o.plan.to(solve), *o[3:]) for o in (out, reference, exact, truth)]
@@ -90,11 +107,11 @@ def test_costs_are_solved_as_specified(on_path, device, path, dtype, epsilon):
     cost = -otfuse.similarity_matrix(*clustered_tokens(2, M, N, D, device=device)).to(dtype)
     out = otfuse.sinkhorn(cost, epsilon, num_iters=8, backend="triton")
     truth = specified_sinkhorn(cost.double(), epsilon, num_iters=8)
-    reference = specified_sinkhorn(cost.float(), epsilon, num_iters=8)
+    reference = references_of(cost.float(), epsilon, num_iters=8)
     exact = specified_sinkhorn(cost.float().double(), epsilon, num_iters=8)
     if dtype == torch.bfloat16:  # the plan is rounded once more; the rest is in float32
         assert_accurate(out.plan, reference.plan.to(dtype), exact.plan, truth.plan, "plan")
-        out = out._replace(plan=reference.plan)
+        out = out._replace(plan=reference.plan[0])
     assert_solution_accurate(out, reference, exact, truth, epsilon, f"{dtype} at {epsilon}")
 
 
@@ -114,18 +131,30 @@ def test_known_answers(on_path, device, path):
         torch.testing.assert_close(plan, (match + off * (1 - match)) / (N * (1 + (N - 1) * off)))
 
 
-def gradients(x, y, a, b, epsilon, how, grad, num_iters):
+class Attended(NamedTuple):
+    x: Tensor
+    y: Tensor
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    similarity: Tensor
+
+
+def gradients(x, y, a, b, epsilon, how, grad, num_iters, order=0):
     """Of everything that has one, by tokens and weights."""
     x, y, a = (t.detach().clone().requires_grad_() for t in (x, y, a))
-    problem = token_problem(x, y, epsilon, a, b, "cosine", num_iters, 0.02, "barycentric", grad, True)
     if how == "triton":
-        out, similarity = backend.TritonBackend().attend(problem, True)
-    elif grad == "unroll":
-        out, similarity = SpecificationBackend().attend(problem, True)
+        solver = backend.TritonBackend()
     else:  # the specification has no fixed point's gradient
-        from otfuse.backends.torch import TorchBackend
+        solver = SpecificationBackend() if grad == "unroll" else TorchBackend()
 
-        out, similarity = TorchBackend().attend(problem, True)
+    def attend(x, y, a, b):
+        problem = token_problem(x, y, epsilon, a, b, "cosine", num_iters, 0.02, "barycentric", grad, True)
+        out, similarity = solver.attend(problem, True)
+        return Attended(out.x, out.y, out.plan, out.f, out.g, similarity)
+
+    out = reordered(attend, order)(x, y, a, b)
+    similarity = out.similarity
     generator = torch.Generator().manual_seed(5)
     loss = x.new_zeros((), dtype=torch.float64)
     outputs = (out.x, out.y, similarity) if grad == "detach" else (out.x, out.y, similarity, 20 * out.plan)
@@ -158,10 +187,11 @@ def test_gradients_are_those_of_the_specification(on_path, device, path, dtype, 
     a, b = padded_weights(0, 2, N, torch.float32).to(device), (padded_weights(1, 2, M) != 0).to(device)
     num_iters = 12 if grad == "implicit" else 4
 
-    def by(how, dtype):
-        return gradients(x.to(dtype), y.to(dtype), a.to(dtype), b, epsilon, how, grad, num_iters)
+    def by(how, dtype, order=0):
+        return gradients(x.to(dtype), y.to(dtype), a.to(dtype), b, epsilon, how, grad, num_iters, order)
 
-    actual, reference, exact = by("triton", dtype), by("plain", torch.float32), by("plain", torch.float64)
+    reference = references(lambda order: by("plain", torch.float32, order))
+    actual, exact = by("triton", dtype), by("plain", torch.float64)
     for name, *values in zip("xya", actual, reference, exact, exact):
         assert_accurate(*values, what=f"{path} {grad}: gradient by {name}")
     assert (actual[2][a == 0] == 0).all()
@@ -172,16 +202,16 @@ def test_gradients_of_the_fixed_point_in_float32_are_as_close_as_on_chip(on_path
     x, y = clustered_tokens(1, N, M, D, device=device)
     a, b = padded_weights(0, 1, N, torch.float32).to(device), (padded_weights(1, 1, M) != 0).to(device)
 
-    def by(backend, dtype):
+    def by(backend, dtype, order=0):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, y, a)]
         options = {"b": b, "num_iters": 40, "grad": "implicit", "weights": "barycentric", "backend": backend}
-        out = otfuse.sinkhorn_attend(leaves[0], leaves[1], 0.2, a=leaves[2], **options)
+        out = reordered(otfuse.sinkhorn_attend, order)(leaves[0], leaves[1], 0.2, a=leaves[2], **options)
         assert out.marginal_error.max() < 1e-6
         return torch.autograd.grad(out.x.double().sin().sum() + out.y.double().cos().sum(), leaves)
 
     exact = by("torch", torch.float64)
     on_path(Path.ON_CHIP)
-    on_chip = by("triton", torch.float32)
+    on_chip = references(lambda order: by("triton", torch.float32, order))
     for path in PATHS:
         on_path(path)
         for name, *values in zip("xya", by("triton", torch.float32), on_chip, exact, exact):
@@ -239,16 +269,13 @@ def test_gradients_by_a_cost(on_path, device, epsilon, path):
     cost, a = -otfuse.similarity_matrix(x, y), weights(0, 2, M, torch.float32).to(device)
     sent = torch.randn(2, M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
 
-    def by(how, dtype):
+    def by(solve, dtype, **options):
         leaves = cost.to(dtype).requires_grad_(), a.to(dtype).requires_grad_()
-        if how == "triton":
-            plan = otfuse.sinkhorn(leaves[0], epsilon, leaves[1], num_iters=6, backend="triton").plan
-        else:
-            problem = cost_problem(leaves[0], epsilon, leaves[1], None, 6, None, "unroll")
-            plan = SpecificationBackend().solve(-leaves[0], attention.marginals(problem), problem).plan
+        plan = solve(leaves[0], epsilon, leaves[1], num_iters=6, **options).plan
         return torch.autograd.grad((plan.double() * sent).sum(), leaves)
 
-    actual, reference, exact = by("triton", torch.float32), by("plain", torch.float32), by("plain", torch.float64)
+    reference = references(lambda order: by(reordered(specified_sinkhorn, order), torch.float32))
+    actual, exact = by(otfuse.sinkhorn, torch.float32, backend="triton"), by(specified_sinkhorn, torch.float64)
     for name, *values in zip(("cost", "a"), actual, reference, exact, exact):
         assert_accurate(*values, what=f"gradient by {name} at {epsilon}")
 
@@ -381,7 +408,7 @@ def test_costs_beyond_one_chip_go_over_a_cluster_by_themselves(device, sizes):
         assert backend.path_of(cost, 2, *sizes, 0) is Path.CLUSTER
     out = otfuse.sinkhorn(cost, 0.1, num_iters=5, backend="triton")
     truth = specified_sinkhorn(cost.double(), 0.1, num_iters=5)
-    assert_solution_accurate(out, specified_sinkhorn(cost, 0.1, num_iters=5), truth, truth, 0.1, str(sizes))
+    assert_solution_accurate(out, references_of(cost, 0.1, num_iters=5), truth, truth, 0.1, str(sizes))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
