@@ -31,6 +31,8 @@ CONTENTS = {
         "otfuse.testing.specified_attend",
         "otfuse.testing.per_item_log_domain",
         "otfuse.testing.assert_as_accurate_as_reference",
+        "otfuse.testing.references",
+        "otfuse.testing.reordered",
     ],
     "Pictures": [
         "otfuse.viz.lift",
