@@ -81,9 +81,7 @@ def sinkhorn_attend(
 
     Source: Rho et al., LAVCap, ICASSP 2025 (arXiv 2501.09291), Eqs. 2, 3 and 5; Cuturi, NeurIPS 2013.
     """
-    problem = token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, grad, return_plan)
-    out, _ = attend_in_solve_dtype(problem, backend)
-    return out._replace(plan=out.plan.to(x.dtype) if return_plan and out.plan is not None else None)
+    return attend(token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, grad, return_plan), backend)
 
 
 def sinkhorn(
@@ -155,6 +153,14 @@ def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
     check_choice("kind", kind, SIMILARITIES)
     with attention.full_precision(x.device):
         return attention.similarity(attention.solve_precision(x), attention.solve_precision(y), kind).to(x.dtype)
+
+
+def attend(problem: Problem, backend: str) -> SinkhornAttendOutput:
+    """``sinkhorn_attend`` of arguments that have been checked."""
+    out, _ = attend_in_solve_dtype(problem, backend)
+    return out._replace(
+        plan=out.plan.to(problem.values.dtype) if problem.return_plan and out.plan is not None else None
+    )
 
 
 def attend_in_solve_dtype(

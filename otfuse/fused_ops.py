@@ -19,13 +19,13 @@ from torch import Tensor
 from otfuse import attention
 from otfuse.attention import solve_precision
 from otfuse.backends._triton_paths import is_small
-from otfuse.ops import batched, library, no_infinity
+from otfuse.ops import WITH_NUMBERS, batched, library, no_infinity
 from otfuse.problem import GRADS, Problem
 from otfuse.registration import register_autograd
 
-# scale: 1 / epsilon for similarities, -1 / epsilon for costs. grad: 0 detach, 1 unroll, 2 implicit. history: whether
-# to keep what the backward needs; what is not wanted comes back empty.
-SOLVE = "float scale, int num_iters, float tol, int grad"
+# numbers: scale and tol, as in ``otfuse.ops``. grad: 0 detach, 1 unroll, 2 implicit. history: whether to keep what the
+# backward needs; what is not wanted comes back empty.
+SOLVE = "Tensor numbers, SymInt num_iters, int grad"
 ATTEND = f"Tensor x, Tensor y, Tensor? a, Tensor? b, bool cosine, bool barycentric, {SOLVE}"
 COST = f"Tensor cost, Tensor? a, Tensor? b, {SOLVE}"
 SOLUTION = "Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
@@ -35,16 +35,19 @@ MODES = {"detach": DETACH, "unroll": UNROLL, "implicit": IMPLICIT}
 
 library.define(
     f"sinkhorn_attend_triton({ATTEND}, bool history, bool plan, bool similarity) "
-    f"-> (Tensor x, Tensor y, Tensor plan, Tensor similarity, {SOLUTION})"
+    f"-> (Tensor x, Tensor y, Tensor plan, Tensor similarity, {SOLUTION})",
+    tags=WITH_NUMBERS,
 )
 library.define(
     f"sinkhorn_attend_triton_backward({ATTEND}, {KEPT}, Tensor? grad_x, Tensor? grad_y, Tensor? grad_plan, "
-    "Tensor? grad_similarity, Tensor? grad_f, Tensor? grad_g) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? grad_similarity, Tensor? grad_f, Tensor? grad_g) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=WITH_NUMBERS,
 )
-library.define(f"sinkhorn_triton({COST}, bool history) -> (Tensor plan, {SOLUTION})")
+library.define(f"sinkhorn_triton({COST}, bool history) -> (Tensor plan, {SOLUTION})", tags=WITH_NUMBERS)
 library.define(
     f"sinkhorn_triton_backward({COST}, {KEPT}, Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    tags=WITH_NUMBERS,
 )
 
 
@@ -104,8 +107,8 @@ def new_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("otfuse::sinkhorn_attend_triton")
 def _(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, scale: float,
-    num_iters: int, tol: float, grad: int, history: bool, plan: bool, similarity: bool,
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cosine: bool, barycentric: bool, numbers: Tensor,
+    num_iters: int, grad: int, history: bool, plan: bool, similarity: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     solution = new_solution(x, x.shape[1], y.shape[1], num_iters, grad, history)
     return *new_attended(x, y, plan, similarity), *solution
@@ -118,7 +121,7 @@ def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, *_: Any) -> tupl
 
 @torch.library.register_fake("otfuse::sinkhorn_triton")
 def _(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, scale: float, num_iters: int, tol: float, grad: int, history: bool
+    cost: Tensor, a: Tensor | None, b: Tensor | None, numbers: Tensor, num_iters: int, grad: int, history: bool
 ) -> tuple[Tensor, ...]:
     N, M = cost.shape[1:]
     plan = cost.new_empty(cost.shape)
@@ -137,7 +140,7 @@ class _Attend:
 
     name = "sinkhorn_attend_triton"
     tensors = 4  # x, y, a, b
-    options = 6  # cosine, barycentric, SOLVE
+    options = 5  # cosine, barycentric, SOLVE
     outputs = 6  # those with a gradient: x, y, plan, similarity, f, g
     unwanted: tuple[bool, ...] = (False, False)  # plan and similarity, when only the history is
 
@@ -195,10 +198,10 @@ class _Attend:
         from otfuse.backends.torch import TorchBackend
 
         x, y, a, b = inputs
-        cosine, barycentric, scale, num_iters, tol, grad = options
+        cosine, barycentric, (scale, tol), num_iters, grad = options
         assert x is not None and y is not None
         problem = Problem(
-            x, y, None, a, b, 1 / abs(scale), num_iters, _tol(tol), _mode(grad),
+            x, y, None, a, b, 1 / scale.abs(), num_iters, tol, _mode(grad),
             "cosine" if cosine else "dot", "barycentric" if barycentric else "plan",
         )  # fmt: skip
         out, similarity = TorchBackend().attend(problem)
@@ -211,7 +214,7 @@ class _Cost(_Attend):
 
     name = "sinkhorn_triton"
     tensors = 3  # cost, a, b
-    options = 4  # SOLVE
+    options = 3  # SOLVE
     outputs = 3  # plan, f, g
     unwanted = ()
 
@@ -222,19 +225,15 @@ class _Cost(_Attend):
         from otfuse.backends.torch import TorchBackend
 
         cost, a, b = inputs
-        scale, num_iters, tol, grad = options
+        (scale, tol), num_iters, grad = options
         assert cost is not None
-        problem = Problem(None, None, cost, a, b, 1 / abs(scale), num_iters, _tol(tol), _mode(grad))
+        problem = Problem(None, None, cost, a, b, 1 / scale.abs(), num_iters, tol, _mode(grad))
         solution = TorchBackend().solve_cost(solve_precision(cost), attention.marginals(problem), problem)
         return solution.plan.to(cost.dtype), solution.f, solution.g
 
 
 def _has_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point()
-
-
-def _tol(tol: float) -> float | None:
-    return tol if tol > 0 else None
 
 
 def _mode(grad: int) -> str:

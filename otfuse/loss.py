@@ -107,7 +107,7 @@ def token_terms(
     similarity: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     assignment: int,
     contrast: int,
     mean: bool,
@@ -135,7 +135,9 @@ def _keep(weights: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if weights is None else weights != 0
 
 
-def _side(plan: Tensor, similarity: Tensor, keep: Tensor, temperature: float, assignment: str, contrast: str) -> Tensor:
+def _side(
+    plan: Tensor, similarity: Tensor, keep: Tensor, temperature: float | Tensor, assignment: str, contrast: str
+) -> Tensor:
     """Cross-entropy of each row token [B, N]; zero for those left out."""
     q = _assigned(plan, assignment)
     logits = torch.bmm(q, similarity.mT) / temperature  # [B, N, N]: <q_i, s_j>

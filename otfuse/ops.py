@@ -17,9 +17,16 @@ from torch.compiler import is_compiling
 from otfuse import attention
 from otfuse.registration import may_differentiate, register_autograd
 
-# scale: what values are multiplied by for the log kernel, 1 / epsilon for similarities, -1 / epsilon for costs.
-OPTIONS = "float scale, int num_iters, float tol, bool implicit"
+# numbers: scale and tol, made by ``numbers``. scale: what values are multiplied by for the log kernel, 1 / epsilon for
+# similarities, -1 / epsilon for costs. tol: below zero for none.
+OPTIONS = "Tensor numbers, SymInt num_iters, bool implicit"
 SOLUTION = "Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
+
+# A launch on a GPU has the numbers in its kernels' parameters, and a CUDA graph that torch.compile made would stay with
+# those of its first run. Torch without this tag makes no CUDA graph of what computes on the CPU as well.
+WITH_NUMBERS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
+
+NUMBERS = ("numbers", "temperature")  # what arguments that ``numbers`` makes are called
 
 library = torch.library.Library("otfuse", "DEF")
 library.define(f"sinkhorn_cpu(Tensor values, Tensor a, Tensor b, {OPTIONS}, bool history) -> ({SOLUTION})")
@@ -54,13 +61,13 @@ def new_gradients(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
 
 
 @torch.library.register_fake("otfuse::sinkhorn_cpu")
-def _(values: Tensor, a: Tensor, b: Tensor, scale: float, num_iters: int, *options: Any) -> tuple[Tensor, ...]:
+def _(values: Tensor, a: Tensor, b: Tensor, numbers: Tensor, num_iters: int, *options: Any) -> tuple[Tensor, ...]:
     return new_solution(values, num_iters, options[-1])
 
 
 @torch.library.register_fake("otfuse::sinkhorn_tokens_cpu")
 def _(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cosine: bool, scale: float, num_iters: int, *options: Any
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cosine: bool, numbers: Tensor, num_iters: int, *options: Any
 ) -> tuple[Tensor, ...]:
     similarity = x.new_empty(x.shape[0], x.shape[1], y.shape[1])
     return similarity, *new_solution(similarity, num_iters, options[-1])
@@ -69,6 +76,33 @@ def _(
 @torch.library.register_fake("otfuse::sinkhorn_cpu_backward")
 def _(values: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return new_gradients(values, a, b)
+
+
+def numbers(*values: float) -> Tensor:
+    """Python numbers as an op takes them: a float64 tensor [len(values)] on the CPU.
+
+    A number that changes between calls of a compiled function is a symbol there. As a parameter of an op it would be
+    baked into the graph; in tensor arithmetic it becomes an input.
+    """
+    if not is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack([zero + value for value in values])
+
+
+def argument_names(op: Any) -> list[str]:
+    return [argument.name for argument in op.default._schema.arguments]
+
+
+def implement(name: str, launch: Callable[..., Any], key: str) -> None:
+    """``launch`` behind an op that takes ``numbers, num_iters``; itself it takes scale, num_iters and tol there."""
+    place = argument_names(getattr(torch.ops.otfuse, name)).index("numbers")
+
+    def run(*args: Any) -> Any:
+        scale, tol = args[place].tolist()  # on the CPU: no device is waited for
+        return launch(*args[:place], scale, args[place + 1], tol, *args[place + 2 :])
+
+    library.impl(name, run, key)
 
 
 def call(op: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
@@ -99,34 +133,34 @@ def _keep(ctx: Any, solution: Sequence[Tensor], *inputs: Tensor) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return (*_solve_gradient(ctx.saved_tensors, ctx.options, grads), *[None] * 5)
+    return (*_solve_gradient(ctx.saved_tensors, ctx.options, grads), *[None] * 4)
 
 
 def _tokens_backward(ctx: Any, grad_similarity: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
     x, y, *solved = ctx.saved_tensors
     grad, grad_a, grad_b = _solve_gradient(solved, ctx.options, grads)
     grad = grad if grad_similarity is None else grad + grad_similarity
-    return (*attention.similarity_gradient(grad, solved[0], x, y, ctx.kind), grad_a, grad_b, *[None] * 6)
+    return (*attention.similarity_gradient(grad, solved[0], x, y, ctx.kind), grad_a, grad_b, *[None] * 5)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[3:7]
+    ctx.options = inputs[3:6]
     ctx.save_for_backward(*inputs[:3], *inputs[-3:])
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    scale, num_iters, tol, implicit = ctx.options
+    numbers, num_iters, implicit = ctx.options
     if implicit:
         raise RuntimeError('grad="implicit" has first derivatives only; pass grad="unroll" to differentiate twice')
-    second = _second_order(ctx.saved_tensors, scale, num_iters, tol if tol > 0 else None, grads)
-    return (*second[:3], *[None] * 7, *second[3:])
+    second = _second_order(ctx.saved_tensors, numbers, num_iters, grads)
+    return (*second[:3], *[None] * 6, *second[3:])
 
 
 def _solve_gradient(
     saved: Sequence[Tensor], options: list[Any], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, a, b, plan, rounds, history = saved
-    implicit = options[3]
+    implicit = options[2]
     if not implicit and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
         plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(values, a, b, *options, True)
     incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
@@ -134,12 +168,13 @@ def _solve_gradient(
 
 
 def _second_order(
-    saved: tuple[Tensor, ...], scale: float, num_iters: int, tol: float | None, grads: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...], numbers: Tensor, num_iters: int, grads: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
     from otfuse.backends.torch import scaling, solve
 
-    epsilon, sign = 1 / abs(scale), 1 if scale > 0 else -1
+    scale, tol = numbers  # tensors: there may be no values yet
+    epsilon, sign = 1 / scale.abs(), scale.sign()
 
     def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         p = attention.Marginals(a, b, masked=True)
@@ -165,19 +200,23 @@ def no_infinity(potential: Tensor) -> Tensor:
     return torch.where(torch.isinf(potential), 0, potential)
 
 
-def batched(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
-    """vmap by folding the extra dimension into the batch."""
+def batched(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """vmap by folding the extra dimension into the batch; numbers are the same for all."""
+    names = argument_names(op)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         folded = []
-        for value, dim in zip(args, in_dims):
-            if isinstance(value, Tensor):
+        for name, value, dim in zip(names, args, in_dims):
+            if isinstance(value, Tensor) and name not in NUMBERS:
                 spread = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
                 value = spread.flatten(0, 1)
             folded.append(value)
         outputs = op(*folded)
-        unfolded = tuple(o.unflatten(0, (info.batch_size, o.shape[0] // info.batch_size)) for o in outputs)
-        return unfolded, (0,) * len(outputs)
+        one = isinstance(outputs, Tensor)
+        unfolded = [
+            o.unflatten(0, (info.batch_size, o.shape[0] // info.batch_size)) for o in ([outputs] if one else outputs)
+        ]
+        return (unfolded[0], 0) if one else (tuple(unfolded), (0,) * len(unfolded))
 
     return rule
 

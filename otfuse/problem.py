@@ -55,7 +55,7 @@ class Problem:
     cost: Tensor | None  # [B, N, M]
     a: Tensor | None  # [B, N], weights or mask as passed
     b: Tensor | None  # [B, M]
-    epsilon: float
+    epsilon: float  # this and tol are 0-dim tensors where an op comes back to plain PyTorch for second derivatives
     num_iters: int
     tol: float | None
     grad: str

@@ -225,21 +225,10 @@ def _batched_items_last(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     return rule
 
 
-def _batched_form(op: Callable[..., Tensor]) -> Callable[..., tuple[Any, Any]]:
-    """As :func:`batched`, of an op with one output."""
-    rule = batched(lambda *args: (op(*args),))
-
-    def rule_of_one(*args: Any) -> tuple[Any, Any]:
-        (output,), (dim,) = rule(*args)
-        return output, dim
-
-    return rule_of_one
-
-
 for _name in ("sinkhorn", "sinkhorn_history"):
     register_autograd(library, _name, _backward, setup_context=_setup_context)
 register_autograd(library, "unroll", _unroll_backward, setup_context=_setup_unroll_context)
 register_autograd(library, "implicit", _implicit_backward, setup_context=_setup_implicit_context)
 for _name, _kernel in KERNELS.items():
-    _batch = _batched_items_last if _kernel.items_last else _batched_form if _name == "survey" else batched
+    _batch = _batched_items_last if _kernel.items_last else batched
     torch.library.register_vmap(f"otfuse_tpc::{_name}", _batch(getattr(torch.ops.otfuse_tpc, _name)), lib=library)

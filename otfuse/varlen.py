@@ -10,10 +10,11 @@ from torch import Tensor
 
 from otfuse.attention import full_precision
 from otfuse.backends import select, triton_varlen  # noqa: F401, it registers what runs behind its ops
-from otfuse.functional import sinkhorn_attend
+from otfuse.functional import attend
 from otfuse.problem import (
     SIMILARITIES,
     WEIGHTS,
+    Problem,
     SinkhornAttendOutput,
     VarlenProblem,
     check_choice,
@@ -108,20 +109,12 @@ def attend_padded(problem: VarlenProblem, backend: str) -> SinkhornAttendOutput:
     assert x is not None and y is not None
     packing_x = _Packing(problem.cu_seqlens_x, problem.max_seqlen_x, len(x))
     packing_y = _Packing(problem.cu_seqlens_y, problem.max_seqlen_y, len(y))
-    out = sinkhorn_attend(
-        packing_x.pad(x),
-        packing_y.pad(y),
-        problem.epsilon,
-        a=packing_x.pad_weights(problem.a),
-        b=packing_y.pad_weights(problem.b),
-        similarity=problem.similarity,
-        num_iters=problem.num_iters,
-        tol=problem.tol,
-        weights=problem.weights,
-        grad=problem.grad,
-        return_plan=problem.return_plan,
-        backend=backend,
-    )
+    padded = Problem(
+        packing_x.pad(x), packing_y.pad(y), None, packing_x.pad_weights(problem.a), packing_y.pad_weights(problem.b),
+        problem.epsilon, problem.num_iters, problem.tol, problem.grad, problem.similarity, problem.weights,
+        problem.return_plan,
+    )  # fmt: skip
+    out = attend(padded, backend)
     fits = packing_x.fits & packing_y.fits  # [B]
     return SinkhornAttendOutput(
         packing_x.pack(out.x, fits),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from otfuse import fused_ops
 from otfuse.fused_ops import KEPT, SOLUTION, SOLVE, UNROLL, new_gradients
-from otfuse.ops import library
+from otfuse.ops import NUMBERS, WITH_NUMBERS, argument_names, library
 from otfuse.problem import VarlenProblem
 from otfuse.registration import register_autograd
 
@@ -24,11 +24,14 @@ PACKED = "Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor cu_seqlens_x, Tensor 
 ATTEND = f"{PACKED}, SymInt longest_x, SymInt longest_y, bool cosine, bool barycentric, {SOLVE}"
 
 library.define(
-    f"sinkhorn_attend_varlen_triton({ATTEND}, bool history, bool plan) -> (Tensor x, Tensor y, Tensor plan, {SOLUTION})"
+    f"sinkhorn_attend_varlen_triton({ATTEND}, bool history, bool plan) "
+    f"-> (Tensor x, Tensor y, Tensor plan, {SOLUTION})",
+    tags=WITH_NUMBERS,
 )
 library.define(
     f"sinkhorn_attend_varlen_triton_backward({ATTEND}, {KEPT}, Tensor? grad_x, Tensor? grad_y, Tensor? grad_plan, "
-    "Tensor? grad_f, Tensor? grad_g) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? grad_f, Tensor? grad_g) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=WITH_NUMBERS,
 )
 
 
@@ -54,7 +57,7 @@ def new_outputs(
 @torch.library.register_fake("otfuse::sinkhorn_attend_varlen_triton")
 def _(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cu_seqlens_x: Tensor, cu_seqlens_y: Tensor,
-    longest_x: int, longest_y: int, cosine: bool, barycentric: bool, scale: float, num_iters: int, tol: float,
+    longest_x: int, longest_y: int, cosine: bool, barycentric: bool, numbers: Tensor, num_iters: int,
     grad: int, history: bool, plan: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return new_outputs(x, y, cu_seqlens_x.shape[0] - 1, longest_x, longest_y, num_iters, grad, history, plan)
@@ -70,7 +73,7 @@ class _AttendVarlen(fused_ops._Attend):
 
     name = "sinkhorn_attend_varlen_triton"
     tensors = 6  # x, y, a, b, cu_seqlens_x, cu_seqlens_y
-    options = 8  # longest_x, longest_y, cosine, barycentric, SOLVE
+    options = 7  # longest_x, longest_y, cosine, barycentric, SOLVE
     outputs = 5  # x, y, plan, f, g
     unwanted = (False,)
 
@@ -81,10 +84,10 @@ class _AttendVarlen(fused_ops._Attend):
         from otfuse.varlen import attend_padded
 
         x, y, a, b, cu_seqlens_x, cu_seqlens_y = inputs
-        longest_x, longest_y, cosine, barycentric, scale, num_iters, tol, grad = options
+        longest_x, longest_y, cosine, barycentric, (scale, tol), num_iters, grad = options
         assert x is not None and y is not None and cu_seqlens_x is not None and cu_seqlens_y is not None
         problem = VarlenProblem(
-            x, y, None, a, b, 1 / abs(scale), num_iters, fused_ops._tol(tol), fused_ops._mode(grad),
+            x, y, None, a, b, 1 / scale.abs(), num_iters, tol, fused_ops._mode(grad),
             "cosine" if cosine else "dot", "barycentric" if barycentric else "plan", True,
             cu_seqlens_x=cu_seqlens_x, cu_seqlens_y=cu_seqlens_y, max_seqlen_x=longest_x, max_seqlen_y=longest_y,
         )  # fmt: skip
@@ -96,15 +99,19 @@ class _AttendVarlen(fused_ops._Attend):
 def _batched(name: str) -> Any:
     """vmap by packing the copies one after the other: offsets of the next go on where those of the last end."""
     op = getattr(torch.ops.otfuse, name)
+    has_copies = [argument not in NUMBERS for argument in argument_names(op)]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         copies = info.batch_size
         spread = [
             (value.expand(copies, *value.shape) if dim is None else value.movedim(dim, 0))
-            if isinstance(value, Tensor) else value
-            for value, dim in zip(args, in_dims)
+            if isinstance(value, Tensor) and copied else value
+            for copied, value, dim in zip(has_copies, args, in_dims)
         ]  # fmt: skip
-        folded = [value.flatten(0, 1) if isinstance(value, Tensor) else value for value in spread]
+        folded = [
+            value.flatten(0, 1) if isinstance(value, Tensor) and copied else value
+            for copied, value in zip(has_copies, spread)
+        ]
         for place, tokens in ((4, spread[0]), (5, spread[1])):
             folded[place] = _joined(spread[place], tokens.shape[1])
         outputs = op(*folded)

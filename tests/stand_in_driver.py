@@ -62,8 +62,8 @@ def use() -> None:
     for name in ("sinkhorn_attend_triton", "sinkhorn_triton"):
         for op in (name, f"{name}_backward"):
             launcher = op.replace("_triton", "").replace("sinkhorn_attend", "attend")
-            ops.library.impl(op, getattr(backend, f"launch_{launcher}"), "CPU")
-    ops.library.impl("sinkhorn_attend_varlen_triton", triton_varlen.launch_attend_varlen, "CPU")
+            ops.implement(op, getattr(backend, f"launch_{launcher}"), "CPU")
+    ops.implement("sinkhorn_attend_varlen_triton", triton_varlen.launch_attend_varlen, "CPU")
     TritonBackend.device = "cpu"
     TritonBackend.unavailable = lambda self: []
     backend.multiprocessors = triton_varlen.multiprocessors = lambda device: 132

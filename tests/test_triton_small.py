@@ -10,7 +10,7 @@ import torch
 from problems import padded_weights, rand, weights
 
 import otfuse
-from otfuse import fused_ops
+from otfuse import fused_ops, ops
 from otfuse.backends import select, triton_small
 from otfuse.backends import triton as backend
 from otfuse.backends.triton import TritonBackend
@@ -218,7 +218,7 @@ def test_the_kernel_itself_keeps_zeros_of_items_without_mass(device, monkeypatch
 def test_schema_and_fake_agree_with_the_kernels(device):
     cost, a, b = mixed(3, 4, device, torch.float32, padded=False)
     cost.requires_grad_()
-    arguments = (cost[:5], a[:5], b[:5], -10.0, 4, -1.0, fused_ops.UNROLL, True)
+    arguments = (cost[:5], a[:5], b[:5], ops.numbers(-10.0, -1.0), 4, fused_ops.UNROLL, True)
     torch.library.opcheck(
         torch.ops.otfuse.sinkhorn_triton.default, arguments, test_utils=["test_schema", "test_faketensor"]
     )

@@ -72,8 +72,8 @@ def _prepared(problem: Problem, scale: float, *inputs: Tensor) -> tuple[tuple[Te
     if problem.grad == "detach":
         inputs = tuple(tensor.detach() for tensor in inputs)
     history = problem.grad == "unroll" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    tol = -1.0 if problem.tol is None else problem.tol
-    return inputs, (scale, problem.num_iters, tol, problem.grad == "implicit", history)
+    numbers = ops.numbers(scale, -1.0 if problem.tol is None else problem.tol)
+    return inputs, (numbers, problem.num_iters, problem.grad == "implicit", history)
 
 
 def launch_sinkhorn(
@@ -137,9 +137,9 @@ def launch_sinkhorn_backward(
     return gradients
 
 
-ops.library.impl("sinkhorn_cpu", launch_sinkhorn, "CPU")
-ops.library.impl("sinkhorn_tokens_cpu", launch_sinkhorn_tokens, "CPU")
-ops.library.impl("sinkhorn_cpu_backward", launch_sinkhorn_backward, "CPU")
+ops.implement("sinkhorn_cpu", launch_sinkhorn, "CPU")
+ops.implement("sinkhorn_tokens_cpu", launch_sinkhorn_tokens, "CPU")
+ops.implement("sinkhorn_cpu_backward", launch_sinkhorn_backward, "CPU")
 
 
 class _Call:

@@ -83,9 +83,9 @@ def scaling(
     similarity: Tensor,
     a: Tensor,
     b: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     num_iters: int,
-    tol: float | None = None,
+    tol: float | Tensor | None = None,
     bound: float | None = None,
     uniform: bool = False,
     masked: bool = True,
@@ -102,11 +102,12 @@ def scaling(
     safe, absorb_every = SCALING_RANGE[similarity.dtype], ABSORB_EVERY
     if not uniform:
         safe, absorb_every = safe / 2, 1
-    one_piece = bound is not None and 2 * bound / epsilon <= safe
+    one_piece = bound is not None and not isinstance(epsilon, Tensor) and 2 * bound / epsilon <= safe
     u, v = torch.ones_like(a), (b != 0).to(b.dtype)
     if one_piece:
         assert bound is not None
-        log_u0, log_v0 = torch.full_like(a, -bound / epsilon), torch.zeros_like(b)  # folded into the kernel
+        # Folded into the kernel. Not by full_like: an op's parameter stays as it was when torch.compile traced it.
+        log_u0, log_v0 = torch.zeros_like(a) - bound / epsilon, torch.zeros_like(b)
     else:
         log_v = torch.where(b == 0, -torch.inf, torch.zeros_like(b))
         log_u = _log(a) - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
@@ -165,7 +166,7 @@ def solve(solver: Callable[[Tensor, Tensor, Tensor], Solution], similarity: Tens
     )
 
 
-def attach_implicit_gradient(solution: Solution, similarity: Tensor, p: Marginals, epsilon: float) -> Solution:
+def attach_implicit_gradient(solution: Solution, similarity: Tensor, p: Marginals, epsilon: float | Tensor) -> Solution:
     """The solution with the gradient of the fixed point (first derivatives): docs/gradients.md, Eq. 5.
 
     Every term added here is zero; only its derivative is not.

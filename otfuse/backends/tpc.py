@@ -75,7 +75,8 @@ class TpcBackend(Backend):
     def _solve(self, values: Tensor, scale: float, p: Marginals, problem: Problem) -> Solution:
         if values.device.type == "hpu":
             _load()
-        a, b, tol = p.a, p.b, -1.0 if problem.tol is None else problem.tol
+        a, b = p.a, p.b
+        scale, tol = _constant(scale), -1.0 if problem.tol is None else _constant(problem.tol)
         if problem.grad == "detach":
             values, a, b = values.detach(), a.detach(), b.detach()
         if values.shape[0] == 0:  # nothing to launch
@@ -96,6 +97,18 @@ class TpcBackend(Backend):
         else:
             plan, f, g, report = ops.call(torch.ops.otfuse_tpc.sinkhorn.default, *inputs, *options)
         return Solution(plan.mT, f, g, report[:, 0], _counted(report[:, 1], problem))
+
+
+def _constant(number: float) -> float:
+    """A number of a node, which the graph compiler builds in: with another one torch.compile begins anew.
+
+    What it makes a symbol of would be a constant as well, and its caches would not know (docs/backends.md).
+    """
+    if not is_compiling():
+        return number
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return float(guard_scalar(number))
 
 
 def _solve_small(values: Tensor, a: Tensor, b: Tensor, scale: float, tol: float, problem: Problem) -> Solution:

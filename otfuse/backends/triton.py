@@ -91,8 +91,8 @@ class TritonBackend(Backend):
 
 def _solve_options(problem: Problem, sign: int) -> tuple[Any, ...]:
     """fused_ops.SOLVE."""
-    tol = -1.0 if problem.tol is None else problem.tol
-    return sign / problem.epsilon, problem.num_iters, tol, MODES[problem.grad]
+    numbers = ops.numbers(sign / problem.epsilon, -1.0 if problem.tol is None else problem.tol)
+    return numbers, problem.num_iters, MODES[problem.grad]
 
 
 def _prepared(problem: Problem, *values: Tensor) -> tuple[tuple[Tensor | None, ...], bool]:
@@ -274,10 +274,10 @@ def launch_sinkhorn_backward(
 
 
 for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-    ops.library.impl("sinkhorn_attend_triton", launch_attend, _key)
-    ops.library.impl("sinkhorn_attend_triton_backward", launch_attend_backward, _key)
-    ops.library.impl("sinkhorn_triton", launch_sinkhorn, _key)
-    ops.library.impl("sinkhorn_triton_backward", launch_sinkhorn_backward, _key)
+    ops.implement("sinkhorn_attend_triton", launch_attend, _key)
+    ops.implement("sinkhorn_attend_triton_backward", launch_attend_backward, _key)
+    ops.implement("sinkhorn_triton", launch_sinkhorn, _key)
+    ops.implement("sinkhorn_triton_backward", launch_sinkhorn_backward, _key)
 
 
 class LaunchShape(NamedTuple):

@@ -22,12 +22,16 @@ from otfuse.backends.triton import INTERPRETED, _blocks, _precision
 from otfuse.registration import register_autograd
 
 # assignment, contrast: places in otfuse.loss.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
-OPTIONS = "float temperature, int assignment, int contrast, bool mean"
+OPTIONS = "Tensor temperature, int assignment, int contrast, bool mean"
 PROBLEM = "Tensor plan, Tensor similarity, Tensor? a, Tensor? b"
 
-ops.library.define(f"alignment_loss_triton({PROBLEM}, {OPTIONS}) -> (Tensor terms, Tensor normaliser, Tensor has_mass)")
 ops.library.define(
-    f"alignment_loss_triton_backward({PROBLEM}, {OPTIONS}, Tensor normaliser, Tensor grad_terms) -> (Tensor, Tensor)"
+    f"alignment_loss_triton({PROBLEM}, {OPTIONS}) -> (Tensor terms, Tensor normaliser, Tensor has_mass)",
+    tags=ops.WITH_NUMBERS,
+)
+ops.library.define(
+    f"alignment_loss_triton_backward({PROBLEM}, {OPTIONS}, Tensor normaliser, Tensor grad_terms) -> (Tensor, Tensor)",
+    tags=ops.WITH_NUMBERS,
 )
 
 
@@ -49,7 +53,7 @@ def token_terms(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :func:`otfuse.loss.token_terms`."""
     op = torch.ops.otfuse.alignment_loss_triton.default
-    terms, _, has_mass = ops.call(op, plan, similarity, a, b, float(temperature), assignment, contrast, mean)
+    terms, _, has_mass = ops.call(op, plan, similarity, a, b, ops.numbers(temperature), assignment, contrast, mean)
     return terms, has_mass
 
 
@@ -73,7 +77,7 @@ def _(plan: Tensor, similarity: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def launch_alignment_loss(
     plan: Tensor, similarity: Tensor, a: Tensor | None, b: Tensor | None,
-    temperature: float, assignment: int, contrast: int, mean: bool,
+    temperature: float | Tensor, assignment: int, contrast: int, mean: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     from otfuse.kernels.triton import loss
 
@@ -84,7 +88,7 @@ def launch_alignment_loss(
         return outputs
     blocks = _blocks("loss", plan.dtype, *_sides(N, M), plan.device)
     grid = (B, -(-N // blocks["BLOCK_N"]) - (-M // blocks["BLOCK_M"]))
-    arguments = plan, similarity, a, b, *outputs, N, M, 1 / temperature
+    arguments = plan, similarity, a, b, *outputs, N, M, 1 / float(temperature)
     options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
     with on(plan.device):
         launch(loss._alignment_loss_fwd_kernel, grid, arguments, {**options, **blocks}, plan.device)
@@ -93,7 +97,7 @@ def launch_alignment_loss(
 
 def launch_alignment_loss_backward(
     plan: Tensor, similarity: Tensor, a: Tensor | None, b: Tensor | None,
-    temperature: float, assignment: int, contrast: int, mean: bool, normaliser: Tensor, grad_terms: Tensor,
+    temperature: float | Tensor, assignment: int, contrast: int, mean: bool, normaliser: Tensor, grad_terms: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from otfuse.kernels.triton import loss
 
@@ -107,7 +111,7 @@ def launch_alignment_loss_backward(
     arguments = (
         # A sum sends back one number, expanded: strides read it without a copy.
         plan, similarity, a, b, normaliser, grad_terms, grad_plan, grad_similarity, N, M, *grad_terms.stride(),
-        1 / temperature,
+        1 / float(temperature),
     )  # fmt: skip
     options = {"ASSIGNMENT": assignment, "CONTRAST": contrast, "MEAN": mean, "PRECISION": _precision(plan.dtype)}
     with on(plan.device):
@@ -151,9 +155,10 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     from otfuse import loss
 
     plan, similarity, a, b, grad_terms = ctx.saved_tensors
+    (temperature,), *kinds = ctx.options
 
     def terms(plan: Tensor, similarity: Tensor) -> Tensor:
-        return loss.token_terms(plan, similarity, a, b, *ctx.options)[0]
+        return loss.token_terms(plan, similarity, a, b, temperature, *kinds)[0]
 
     def gradient(plan: Tensor, similarity: Tensor, grad_terms: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(terms, plan, similarity)[1](grad_terms)

@@ -241,5 +241,5 @@ def _kernels() -> Kernels:
 
 
 for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-    ops.library.impl("sinkhorn_attend_varlen_triton", launch_attend_varlen, _key)
-    ops.library.impl("sinkhorn_attend_varlen_triton_backward", launch_attend_varlen_backward, _key)
+    ops.implement("sinkhorn_attend_varlen_triton", launch_attend_varlen, _key)
+    ops.implement("sinkhorn_attend_varlen_triton_backward", launch_attend_varlen_backward, _key)
