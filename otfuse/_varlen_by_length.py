@@ -78,9 +78,7 @@ class _Sorted:
         self.batches = batches
         self.places, self.back = None, None  # None: they came so
         if order != list(range(len(order))):
-            self.places = torch.cat(
-                [torch.arange(starts[item], starts[item + 1], device="cpu") for item in order]
-            )
+            self.places = torch.cat([torch.arange(starts[item], starts[item + 1], device="cpu") for item in order])
             self.back = torch.empty_like(self.places)
             self.back[self.places] = torch.arange(len(self.places), device="cpu")
 

@@ -34,7 +34,8 @@ def clustered_tokens(
     """
     generator = torch.Generator().manual_seed(seed)
     topics = torch.randn(B, num_topics, D, generator=generator, device="cpu")
-    popularity = torch.rand(2, B, num_topics, generator=generator, device="cpu") ** 3 + 0.01  # some topics crowd one side
+    # Some topics crowd one side.
+    popularity = torch.rand(2, B, num_topics, generator=generator, device="cpu") ** 3 + 0.01
 
     def tokens(side: int, count: int) -> Tensor:
         chosen = torch.multinomial(popularity[side], max(count, 1), replacement=True, generator=generator)[:, :count]

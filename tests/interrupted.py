@@ -1,7 +1,7 @@
 """Solves on the pool that a signal's handler interrupts at random times; prints what became of other tensors.
 
-Run as ``python tests/interrupted.py <interruptions> <seed>``. The pool's threads write to memory by its address. A guard
-tensor is made where the interrupted call has left its own, and looked at once the pool has nothing left to do.
+Run as ``python tests/interrupted.py <interruptions> <seed>``. The pool's threads write to memory by its address. Guard
+tensors are made where the interrupted call has left its own, and looked at once the pool has nothing left to do.
 """
 
 import json
@@ -71,6 +71,10 @@ def attend(x, y):
     return otfuse.sinkhorn_attend(x, y, 0.1, num_iters=100, backend="cpu").x
 
 
+def implicit(cost):
+    return otfuse.sinkhorn(cost, 0.1, num_iters=50, grad="implicit", backend="cpu").plan
+
+
 def packed(x, y):
     ends_x, ends_y = (torch.arange(len(t) + 1, dtype=torch.int32) * t.shape[1] for t in (x, y))
     tokens = x.flatten(0, 1), y.flatten(0, 1)
@@ -106,7 +110,7 @@ def main(interruptions, seed):
         "packed": lambda: packed(x, y),
         "loss": lambda: loss(x, y),
         "backward": backward(forward, cost[:48]),
-        "implicit": backward(lambda c: otfuse.sinkhorn(c, 0.1, num_iters=50, grad="implicit", backend="cpu").plan, cost),
+        "implicit": backward(implicit, cost),
         "packed backward": backward(packed, x, y),
     }
     expected = {name: run() for name, run in runs.items()}

@@ -287,11 +287,13 @@ def _range(values, live, dense):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _log_round(S, a, b, scale, log_v, log_u):
+def _log_round(S, a, b, scale, log_v, log_u, stop):
     """One round in the log domain, float64 sums: log_u from log_v, then log_v from log_u."""
     N, M = S.shape
     columns_max, columns_sum = np.full(M, -np.inf), np.zeros(M)
     for i in range(N):
+        if _stopped(stop):
+            return
         log_u[i] = 0
         if a[i] == 0:
             continue
@@ -448,7 +450,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
     if form == SCALING:
         log_u[:] = -shift * scale
     else:
-        _log_round(S, a, b, scale, log_v, log_u)
+        _log_round(S, a, b, scale, log_v, log_u, stop)
         _ones_where(a, u)
         done = 1
         if u_history.shape[0] > 0:
@@ -470,7 +472,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
                 _absorb(v, b, log_v)
             elif drift == 2:
                 _absorb(previous_v, b, log_v)
-                _log_round(S, a, b, scale, log_v, log_u)
+                _log_round(S, a, b, scale, log_v, log_u, stop)
                 _ones_where(a, u)
                 _ones_where(b, v)
             if drift > 0:

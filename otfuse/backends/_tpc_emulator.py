@@ -187,7 +187,8 @@ class Kernel:
         """
         assert self.counts_operations, "make the kernel with count=True"
         members = len(_product(_padded(index_space)))
-        boxes = None if together else torch.empty(members, len(tensors), 2, 2, MAX_RANK, dtype=torch.int32, device="cpu")
+        shape = (members, len(tensors), 2, 2, MAX_RANK)
+        boxes = None if together else torch.empty(shape, dtype=torch.int32, device="cpu")
         self._library.otfuse_tpc_reset_counts()
         self._launch(tensors, scalars, index_space, outputs, 0, boxes)
         numbers = (ctypes.c_int64 * 6)()

@@ -147,6 +147,9 @@ ops.library.impl("sinkhorn_tokens_cpu", launch_sinkhorn_tokens, "CPU")
 ops.library.impl("sinkhorn_cpu_backward", launch_sinkhorn_backward, "CPU")
 
 
+_compiled: set[tuple[str, torch.dtype]] = set()
+
+
 class _Call:
     """One call of the compiled code: keeps alive what it hands over by address, and spreads items over threads."""
 
@@ -181,15 +184,16 @@ class _Call:
         if threads <= 1:
             solve(0, B)
             return
+        if (name, self.dtype) not in _compiled:  # here, since to compile in another thread cannot be interrupted
+            solve(0, 0)
+            _compiled.add((name, self.dtype))
         # More pieces than threads, since items that stop early or start far apart take different times.
         pieces = min(B, 4 * threads)
         bounds = [B * piece // pieces for piece in range(pieces + 1)]
         _on_threads(threads, deque(pairwise(bounds)), solve, self.stop)
 
 
-def _on_threads(
-    threads: int, pieces: deque[tuple[int, int]], solve: Callable[[int, int], None], stop: c_int64
-) -> None:
+def _on_threads(threads: int, pieces: deque[tuple[int, int]], solve: Callable[[int, int], None], stop: c_int64) -> None:
     """Call ``solve`` for all pieces, and return or raise when none is being solved.
 
     In the caller a signal's handler may raise at any time: Ctrl+C, an alarm. Hence no lock here that an interrupted
