@@ -107,6 +107,6 @@ def _solve(
         out = out._replace(plan=torch.where(out.marginal_error.isnan()[:, None, None], torch.nan, plan))
     if min(beyond) >= 0:
         return out
-    never = torch.zeros((), dtype=torch.bool, device=problem.x.device)  # gradients are zero
+    never = torch.zeros((), dtype=torch.bool, device=out.x.device)  # gradients are zero
     names = [name for name, values in out._asdict().items() if values is not None and name != "num_iters"]
     return out._replace(**{name: torch.where(never, getattr(out, name), torch.nan) for name in names})

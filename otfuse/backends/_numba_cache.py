@@ -24,8 +24,9 @@ def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
                 compiled._cache = _Cache(function)
             except (RuntimeError, OSError):
                 _log_once(
+                    "no folder",
                     "numba finds no folder to keep compiled code in, so every process compiles anew, which can take a "
-                    "minute; set NUMBA_CACHE_DIR to a folder that can be written"
+                    "minute; set NUMBA_CACHE_DIR to a folder that can be written",
                 )
         return compiled
 
@@ -52,12 +53,13 @@ class _Cache(FunctionCache):
 
     def _log(self, error: Exception) -> None:
         _log_once(
+            self.cache_path,
             f"numba's cache in {self.cache_path} cannot be used as it is, so code is compiled anew "
-            f"({type(error).__name__}: {error}); delete the folder, or set NUMBA_CACHE_DIR to another, if this stays"
+            f"({type(error).__name__}: {error}); delete the folder, or set NUMBA_CACHE_DIR to another, if this stays",
         )
 
 
-def _log_once(text: str) -> None:
-    if text not in _logged:
-        _logged.add(text)
+def _log_once(about: str, text: str) -> None:
+    if about not in _logged:
+        _logged.add(about)
         _logger.warning(text)
