@@ -78,9 +78,9 @@ class _Sorted:
         self.batches = batches
         self.places, self.back = None, None  # None: they came so
         if order != list(range(len(order))):
-            self.places = torch.cat([torch.arange(starts[item], starts[item + 1]) for item in order])
+            self.places = torch.cat([torch.arange(starts[item], starts[item + 1], device="cpu") for item in order])
             self.back = torch.empty_like(self.places)
-            self.back[self.places] = torch.arange(len(self.places))
+            self.back[self.places] = torch.arange(len(self.places), device="cpu")
 
     def split(self, values: Tensor) -> list[Tensor]:
         """[T, ...] to a [B, N, ...] for every batch."""
@@ -107,6 +107,6 @@ def _solve(
         out = out._replace(plan=torch.where(out.marginal_error.isnan()[:, None, None], torch.nan, plan))
     if min(beyond) >= 0:
         return out
-    never = torch.zeros((), dtype=torch.bool)  # gradients are zero
+    never = torch.zeros((), dtype=torch.bool, device=out.x.device)  # gradients are zero
     names = [name for name, values in out._asdict().items() if values is not None and name != "num_iters"]
     return out._replace(**{name: torch.where(never, getattr(out, name), torch.nan) for name in names})

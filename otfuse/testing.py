@@ -37,12 +37,13 @@ def clustered_tokens(
     or a test on them alone says little. ``noise`` is the size of a token's own part beside its topic's.
     """
     generator = torch.Generator().manual_seed(seed)
-    topics = torch.randn(B, num_topics, D, generator=generator)
-    popularity = torch.rand(2, B, num_topics, generator=generator) ** 3 + 0.01  # some topics crowd one side
+    topics = torch.randn(B, num_topics, D, generator=generator, device="cpu")
+    # Some topics crowd one side.
+    popularity = torch.rand(2, B, num_topics, generator=generator, device="cpu") ** 3 + 0.01
 
     def tokens(side: int, count: int) -> Tensor:
         chosen = torch.multinomial(popularity[side], max(count, 1), replacement=True, generator=generator)[:, :count]
-        own = noise * torch.randn(B, count, D, generator=generator)
+        own = noise * torch.randn(B, count, D, generator=generator, device="cpu")
         return (topics.gather(1, chosen[..., None].expand(B, count, D)) + own).to(device, dtype)
 
     return tokens(0, N), tokens(1, M)

@@ -9,6 +9,11 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
+from ctypes import c_int64
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +72,85 @@ def test_two_python_threads_at_once(pool, request):
         assert len(found[seed]) == 20
         for result in found[seed]:
             assert_equal(result, expected[seed])
+
+
+def test_an_interrupted_call_writes_to_no_memory_of_others():
+    """Its last part is a call that would never end."""
+    script = Path(__file__).with_name("interrupted.py")
+    done = subprocess.run([sys.executable, script, "12", "0"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["interrupted"] == 12 and found["overwritten"] == 0
+    assert found["as before"] and found["ended"]
+
+
+def test_a_piece_that_fails_ends_the_others():
+    """Those not begun are not begun, those that run are waited for."""
+    stop, begun, ended = c_int64(0), [], []
+    both = threading.Barrier(2)
+
+    def solve(first, last):
+        begun.append(first)
+        both.wait(60)
+        if first == 0:
+            raise MemoryError("of the first piece")
+        while not stop.value:  # as the compiled code does
+            time.sleep(0.001)
+        time.sleep(0.05)
+        ended.append(first)
+
+    with pytest.raises(MemoryError, match="of the first piece"):
+        cpu._on_threads(2, deque(pairwise(range(9))), solve, stop)
+    assert begun == [0, 1] or begun == [1, 0]
+    assert ended == [1]
+
+
+@pytest.mark.parametrize("accepted", [0, 1])
+def test_where_no_thread_can_be_started(accepted, two_threads, monkeypatch):
+    """An executor raises when the system has no thread to give, and when the interpreter is ending."""
+    expected = solve_cost_with_gradient()
+    submitted = []
+
+    class Full:
+        def submit(self, work):
+            if len(submitted) == accepted:
+                raise RuntimeError("can't start new thread")
+            submitted.append(threading.Thread(target=work))
+            submitted[-1].start()
+
+    monkeypatch.setattr(cpu, "_pool", lambda process, threads: Full())
+    found = []
+    for _ in range(5):
+        found.append(solve_cost_with_gradient())
+        for thread in submitted:
+            thread.join()
+        submitted.clear()
+    for result in found:
+        assert_equal(result, expected)
+
+
+AT_THE_END = """
+import atexit, threading
+import torch, otfuse
+from otfuse.backends import cpu
+torch.set_num_threads(2)
+cpu.WORK_PER_THREAD = 1
+cost = torch.rand(6, 66, 256)
+solve = lambda: otfuse.sinkhorn(cost, 0.1, backend="cpu").plan
+expected = solve()
+assert any(thread.name.startswith("otfuse") for thread in threading.enumerate())
+main = threading.main_thread()
+def outlive():
+    main.join()
+    print("thread", torch.equal(solve(), expected))
+atexit.register(lambda: print("atexit", torch.equal(solve(), expected)))
+threading.Thread(target=outlive).start()
+"""
+
+
+def test_after_the_main_thread_has_ended():
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=500)
+    assert sorted(done.stdout.splitlines()) == ["atexit True", "thread True"], done.stderr
 
 
 def solve_cost_with_gradient():

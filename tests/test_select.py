@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
-from otfuse.backends import BACKENDS, _logged, _tpc_emulator, _tpc_library, select
-from otfuse.backends import cpu as cpu_module
+from otfuse.backends import BACKENDS, _logged, _numba, _tpc_emulator, _tpc_library, select
 from otfuse.backends import triton as triton_module
 from otfuse.problem import cost_problem, token_problem
 
@@ -33,7 +32,8 @@ def installed(monkeypatch):
     """Say which optional packages are there, whatever is installed where the tests run."""
 
     def declare(*packages):
-        for module in (cpu_module, triton_module, _tpc_library):
+        monkeypatch.setattr(_numba, "UNAVAILABLE", [] if "numba" in packages else [NO_NUMBA])
+        for module in (triton_module, _tpc_library):
             monkeypatch.setattr(module, "is_installed", lambda package: package in packages)
         monkeypatch.setattr(_tpc_emulator, "COMPILER", "g++" if "g++" in packages else None)
 

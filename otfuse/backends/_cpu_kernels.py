@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic, overload
+
+from otfuse.backends._numba_cache import njit
 
 NO_MASS, SCALING, ABSORBED, NOT_FINITE = 0, 1, 2, 3
 
@@ -49,6 +51,19 @@ def _pointer(typingctx, address, like):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(types.int64, like), codegen
+
+
+@intrinsic
+def _stopped(typingctx, stop):
+    """Whether the number at this address is not zero. Another thread may write it at any time: the load is atomic, so
+    that the compiler does not take it out of a loop."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.int64)))
+        value = builder.load_atomic(pointer, "monotonic", 8)
+        return builder.icmp_signed("!=", value, value.type(0))
+
+    return types.boolean(types.int64), codegen
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -272,11 +287,13 @@ def _range(values, live, dense):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _log_round(S, a, b, scale, log_v, log_u):
+def _log_round(S, a, b, scale, log_v, log_u, stop):
     """One round in the log domain, float64 sums: log_u from log_v, then log_v from log_u."""
     N, M = S.shape
     columns_max, columns_sum = np.full(M, -np.inf), np.zeros(M)
     for i in range(N):
+        if _stopped(stop):
+            return
         log_u[i] = 0
         if a[i] == 0:
             continue
@@ -406,7 +423,7 @@ def _record(history, form, w, live, log_w):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history):
+def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_history, v_history, stop):
     """Returns (marginal_error, rounds run, form, shift)."""
     N, M = S.shape
     epsilon = 1.0 / abs(scale)
@@ -433,7 +450,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
     if form == SCALING:
         log_u[:] = -shift * scale
     else:
-        _log_round(S, a, b, scale, log_v, log_u)
+        _log_round(S, a, b, scale, log_v, log_u, stop)
         _ones_where(a, u)
         done = 1
         if u_history.shape[0] > 0:
@@ -444,7 +461,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
     if done == 1 and tol > 0:
         error = _row_error(u, rows, a)
 
-    while done < num_iters and not error < tol:
+    while done < num_iters and not error < tol and not _stopped(stop):
         if form == ABSORBED:
             previous_v[:] = v
         _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
@@ -455,7 +472,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
                 _absorb(v, b, log_v)
             elif drift == 2:
                 _absorb(previous_v, b, log_v)
-                _log_round(S, a, b, scale, log_v, log_u)
+                _log_round(S, a, b, scale, log_v, log_u, stop)
                 _ones_where(a, u)
                 _ones_where(b, v)
             if drift > 0:
@@ -490,13 +507,13 @@ def _outputs(like, shape, kept, addresses):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_into(item, S, a, b, scale, num_iters, tol, K, columns_outer, outputs):
+def _solve_into(item, S, a, b, scale, num_iters, tol, K, columns_outer, outputs, stop):
     """Solve one item of the batch; every output is written once."""
     plan, f, g, marginal_error, rounds, history = outputs
     N = S.shape[0]
     kept = history[item, 1:]
     marginal_error[item], rounds[item], form, shift = _solve_item(
-        S, a, b, scale, num_iters, tol, K, columns_outer, plan[item], f[item], g[item], kept[:, :N], kept[:, N:]
+        S, a, b, scale, num_iters, tol, K, columns_outer, plan[item], f[item], g[item], kept[:, :N], kept[:, N:], stop
     )
     if history.shape[1] > 0:
         history[item, 0, :] = 0
@@ -505,21 +522,26 @@ def _solve_into(item, S, a, b, scale, num_iters, tol, K, columns_outer, outputs)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def solve_items(first, last, like, shape, S, a, b, scale, num_iters, tol, kept, addresses):
-    """Solve items first … last - 1 of the batch. Tensors come as addresses; numbers are of the type of ``like``."""
+def solve_items(first, last, stop, like, shape, S, a, b, scale, num_iters, tol, kept, addresses):
+    """Solve items first … last - 1 of the batch. Tensors come as addresses; numbers are of the type of ``like``.
+
+    ``stop`` is the address of a number: once it is not zero, nobody will read the outputs, and all ends early.
+    """
     B, N, M = shape
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     if max(N, M) <= TINY_SIDE and N * M <= TINY_ITEM:
-        _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs)
+        _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs, stop)
         return
     for item in range(first, last):
-        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
+        if _stopped(stop):
+            return
+        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs, stop)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs):
+def _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, outputs, stop):
     """Items too small to be vectorised along a side, many side by side, a lane each; by themselves where not SCALING.
 
     A lane does the same arithmetic whatever stands in the others, and however many there are.
@@ -531,6 +553,8 @@ def _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, o
     marginals = np.zeros((padded_N, lanes), S.dtype), np.zeros((padded_M, lanes), S.dtype)
     items, shifts, count = np.zeros(lanes, np.int64), np.zeros(lanes), 0
     for item in range(first, last):
+        if _stopped(stop):
+            return
         form, shift, _ = _survey(S[item], a[item], b[item], scale)
         if form == SCALING:
             for i in range(N):
@@ -542,9 +566,9 @@ def _solve_tiny(first, last, S, a, b, scale, num_iters, tol, K, columns_outer, o
             items[count], shifts[count] = item, shift
             count += 1
         else:
-            _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
+            _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs, stop)
         if count == lanes or (count > 0 and item == last - 1):
-            _solve_lanes(k, marginals, items[:count], shifts, scale, num_iters, tol, outputs)
+            _solve_lanes(k, marginals, items[:count], shifts, scale, num_iters, tol, outputs, stop)
             count = 0
 
 
@@ -555,7 +579,7 @@ def _tiny_side(size):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _solve_lanes(k, marginals, items, shifts, scale, num_iters, tol, outputs):
+def _solve_lanes(k, marginals, items, shifts, scale, num_iters, tol, outputs, stop):
     """Rounds of the items in the first lanes of k [N, M, lanes], which comes with their similarity; and their outputs.
 
     What stands in the other lanes is left from earlier, and is not looked at.
@@ -576,6 +600,8 @@ def _solve_lanes(k, marginals, items, shifts, scale, num_iters, tol, outputs):
         _ones_where(b[j], v[j])
     _half_round(k, v, a, rows, next_u)
     for t in range(num_iters):
+        if _stopped(stop):
+            break
         for i in range(N):
             for lane in range(k.shape[2]):
                 u[i, lane] = next_u[i, lane] if running[lane] else u[i, lane]
@@ -705,7 +731,7 @@ def _over_norms(x, y, S):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def attend_items(
-    first, last, like, shape, features, x, y, multiplied, cosine, a, b, scale, num_iters, tol, S, kept, addresses
+    first, last, stop, like, shape, features, x, y, multiplied, cosine, a, b, scale, num_iters, tol, S, kept, addresses
 ):
     """``solve_items`` for tokens. Makes the similarity S, from their products where S holds these already."""
     B, N, M = shape
@@ -714,11 +740,13 @@ def attend_items(
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     for item in range(first, last):
+        if _stopped(stop):
+            return
         if not multiplied:
             _products(x[item], y[item], S[item])
         if cosine:
             _over_norms(x[item], y[item], S[item])
-        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
+        _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs, stop)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -743,11 +771,13 @@ def _combine_lines(K, first_line, outer_terms, inner_terms, start, stop, sums):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _combine(K, outer_terms, inner_terms):
+def _combine(K, outer_terms, inner_terms, stop):
     """K := K * (outer_termsᵀ inner_terms), elementwise: the history's rank-one terms, four lines at a time."""
     lines, length = K.shape
     sums = np.empty((4, length), K.dtype)
     for o in range(0, lines, 4):
+        if _stopped(stop):
+            return
         _combine_lines(K[o : o + 4], o, outer_terms, inner_terms, 0, outer_terms.shape[0], sums)
 
 
@@ -783,7 +813,7 @@ def _weighted(scaling, adjoint, marginal, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop):
     """Back through all rounds, one pass each; K becomes K times the sum of the rank-one terms.
 
     Round t, columns: wv = v dv / b, du -= u (K wv); rows: wu = u du / a, dv = -v_before (Kᵀ wu); and
@@ -794,6 +824,8 @@ def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, gr
     outer_terms, inner_terms = _terms(lines, length, rounds, K)
     gathered, offset, slope = np.zeros(length, K.dtype), np.zeros(lines, K.dtype), np.zeros(lines, K.dtype)
     for t in range(rounds - 1, -1, -1):
+        if _stopped(stop):
+            break
         u, wu = outer_terms[2 * t], outer_terms[2 * t + 1]
         wv, v_before = inner_terms[2 * t], inner_terms[2 * t + 1]
         u[:N] = u_history[t]
@@ -812,11 +844,11 @@ def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, gr
         for j in range(M):
             grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
             dv[j] = -v_before[j] * gathered[j]
-    _combine(K, outer_terms, inner_terms)
+    _combine(K, outer_terms, inner_terms, stop)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop):
     """The same with the columns outside: a pass ends one round and begins the one before."""
     N, M = a.shape[0], b.shape[0]
     lines, length = K.shape
@@ -826,6 +858,8 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
     _weighted(v_history[rounds - 1], dv, b, offset)
     pass_affine(K, inner_terms[0], offset, slope, last, gathered)
     for t in range(rounds - 1, -1, -1):
+        if _stopped(stop):
+            break
         u, wu = inner_terms[2 * t], inner_terms[2 * t + 1]
         wv, v_before = outer_terms[2 * t], outer_terms[2 * t + 1]
         u[:N] = u_history[t]
@@ -845,7 +879,7 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
             pass_affine(K, wu, offset, slope, outer_terms[2 * t - 2], gathered)
         else:
             _ones_where(b, v_before)
-    _combine(K, outer_terms, inner_terms)
+    _combine(K, outer_terms, inner_terms, stop)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -863,7 +897,7 @@ def _relative(log_w, folded, live, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b):
+def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop):
     """Back through rounds whose scalings are kept as logarithms, folding K anew where they have moved far.
 
     A half round folded at its own scalings has rows (or columns) that sum to the marginals: always safe. What
@@ -879,6 +913,8 @@ def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, gr
     before = np.zeros(M)
     count, folds = 0, 0
     for t in range(rounds - 1, -1, -1):
+        if _stopped(stop):
+            break
         log_u, log_v = u_history[t], v_history[t]
         if folds == 0 or not (
             _near(log_u, folds_u[folds - 1], a, limit) and _near(log_v, folds_v[folds - 1], b, limit)
@@ -912,15 +948,17 @@ def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, gr
             dv[j] = -v_before[j] * gathered[j]
         du[:] = 0
     starts[folds] = count
-    _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds)
+    _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds, stop)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds):
+def _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v, starts, folds, stop):
     """K := the sum over folds of the folded kernel times its own rank-one terms, four rows at a time."""
     N, M = S.shape
     folded, sums = np.empty((4, M), K.dtype), np.empty((4, M), K.dtype)
     for i in range(0, N, 4):
+        if _stopped(stop):
+            return
         rows = min(4, N - i)
         K[i : i + rows] = 0
         for fold in range(folds):
@@ -935,21 +973,21 @@ def _combine_folds(K, S, a, b, scale, outer_terms, inner_terms, folds_u, folds_v
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _unroll_item(
-    S, a, b, scale, form, shift, rounds, u_history, v_history, du, dv, K, columns_outer, grad_S, grad_a, grad_b
+    S, a, b, scale, form, shift, rounds, u_history, v_history, du, dv, K, columns_outer, grad_S, grad_a, grad_b, stop
 ):
     """grad_S comes out as K times the rank-one terms: what the rounds themselves take from dL."""
     N, M = S.shape
     if form == ABSORBED:
-        _unroll_absorbed(grad_S, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b)
+        _unroll_absorbed(grad_S, S, a, b, scale, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop)
         return
     unused = np.zeros(0)
     if K.shape[0] == 0:
         K = grad_S
     _fill(K, columns_outer, grad_S, S, a, b, False, form, shift, scale, unused, unused)
     if columns_outer:
-        _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b)
+        _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop)
     else:
-        _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b)
+        _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, grad_b, stop)
     for i in range(N):
         for j in range(M):
             grad_S[i, j] = K[j, i] if columns_outer else K[i, j]
@@ -967,7 +1005,7 @@ def _gradients(like, shape, addresses):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def unroll_items(first, last, like, shape, S, a, b, scale, plan, rounds, history, kept, addresses):
+def unroll_items(first, last, stop, like, shape, S, a, b, scale, plan, rounds, history, kept, addresses):
     """The gradient of the rounds that were run, for items first … last - 1."""
     B, N, M = shape
     S, a, b = _array(S, shape, like), _array(a, (B, N), like), _array(b, (B, M), like)
@@ -977,6 +1015,8 @@ def unroll_items(first, last, like, shape, S, a, b, scale, plan, rounds, history
     K, columns_outer = _kernel_scratch(N, M, S)
     du, dv = np.zeros(N), np.zeros(M)
     for item in range(first, last):
+        if _stopped(stop):
+            return
         form, shift = int(history[item, 0, 0]), history[item, 0, 1]
         if form in (NO_MASS, NOT_FINITE):
             _no_gradient(form, grad_S[item], grad_a[item], grad_b[item])
@@ -986,7 +1026,7 @@ def unroll_items(first, last, like, shape, S, a, b, scale, plan, rounds, history
         _weigh(grad_plan[item], plan[item], grad_f[item], grad_g[item], 1 / abs(scale), du, dv)
         _unroll_item(
             S[item], a[item], b[item], scale, form, shift, rounds[item], history[item, 1:, :N], history[item, 1:, N:],
-            du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item],
+            du, dv, K, columns_outer, grad_S[item], grad_a[item], grad_b[item], stop,
         )  # fmt: skip
         _finish(grad_S[item], grad_plan[item], plan[item], scale)
 
@@ -1009,7 +1049,7 @@ def _finish(grad_S, grad_plan, plan, scale):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _centred_solve(plan, rows, columns, right):
+def _centred_solve(plan, rows, columns, right, stop):
     """Conjugate gradients, float64, on what is left for the columns once the rows are eliminated.
 
     The matrix diag(c) - Pᵀ diag(1/r) P is singular along constants; c cᵀ lifts that direction. Preconditioned
@@ -1027,7 +1067,7 @@ def _centred_solve(plan, rows, columns, right):
     product = np.dot(residual, direction)
     enough = product * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):
-        if not product > enough:
+        if not product > enough or _stopped(stop):
             break
         pass_affine(plan, direction, nothing, slope, outer, gathered)
         lift = np.dot(columns, direction)
@@ -1046,7 +1086,7 @@ def _centred_solve(plan, rows, columns, right):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _implicit_item(plan, grad_plan, grad_f, grad_g, scale, grad_S, grad_a, grad_b):
+def _implicit_item(plan, grad_plan, grad_f, grad_g, scale, grad_S, grad_a, grad_b, stop):
     """Adjoint of the fixed point: J (lambda, mu) = (du, dv), then grad_S, and grad_a, grad_b = lambda, mu."""
     N, M = plan.shape
     du, dv = np.zeros(N), np.zeros(M)
@@ -1061,7 +1101,7 @@ def _implicit_item(plan, grad_plan, grad_f, grad_g, scale, grad_S, grad_a, grad_
         inverse[i] = 1 / rows[i] if rows[i] != 0 else 0.0
     gathered, outer, nothing, zero = np.zeros(M), np.zeros(N), np.zeros(N), np.zeros(M)
     pass_affine(plan, zero, du * inverse, nothing, outer, gathered)
-    mu = _centred_solve(plan, rows, columns, dv - gathered)
+    mu = _centred_solve(plan, rows, columns, dv - gathered, stop)
     pass_affine(plan, mu, nothing, -inverse, outer, gathered)
     for i in range(N):
         outer[i] += du[i] * inverse[i]
@@ -1074,15 +1114,17 @@ def _implicit_item(plan, grad_plan, grad_f, grad_g, scale, grad_S, grad_a, grad_
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def implicit_items(first, last, like, shape, plan, scale, addresses):
+def implicit_items(first, last, stop, like, shape, plan, scale, addresses):
     """The gradient of the converged plan, for items first … last - 1."""
     plan = _array(plan, shape, like)
     grad_plan, grad_f, grad_g, grad_S, grad_a, grad_b = _gradients(like, shape, addresses)
     for item in range(first, last):
+        if _stopped(stop):
+            return
         if np.isnan(plan[item, 0, 0]):
             _no_gradient(NOT_FINITE, grad_S[item], grad_a[item], grad_b[item])
         else:
             _implicit_item(
                 plan[item], grad_plan[item], grad_f[item], grad_g[item], scale,
-                grad_S[item], grad_a[item], grad_b[item],
+                grad_S[item], grad_a[item], grad_b[item], stop,
             )  # fmt: skip

@@ -157,7 +157,7 @@ class Kernel:
         """Run member by member, and say what each touched; a tensor that it did not touch is left out."""
         space = _padded(index_space)
         members = [tuple(reversed(m)) for m in _product(tuple(reversed(space)))]
-        boxes = torch.empty(len(members), len(tensors), 2, 2, MAX_RANK, dtype=torch.int32)
+        boxes = torch.empty(len(members), len(tensors), 2, 2, MAX_RANK, dtype=torch.int32, device="cpu")
         self._launch(tensors, scalars, index_space, outputs, 0, boxes)
         record = boxes.tolist()
         return [
@@ -187,7 +187,8 @@ class Kernel:
         """
         assert self.counts_operations, "make the kernel with count=True"
         members = len(_product(_padded(index_space)))
-        boxes = None if together else torch.empty(members, len(tensors), 2, 2, MAX_RANK, dtype=torch.int32)
+        shape = (members, len(tensors), 2, 2, MAX_RANK)
+        boxes = None if together else torch.empty(shape, dtype=torch.int32, device="cpu")
         self._library.otfuse_tpc_reset_counts()
         self._launch(tensors, scalars, index_space, outputs, 0, boxes)
         numbers = (ctypes.c_int64 * 6)()
@@ -214,7 +215,7 @@ class Kernel:
         for position, (tensor, description) in enumerate(zip(tensors, described)):
             writer = None
             if position >= len(tensors) - outputs:
-                writer = torch.zeros(tensor.numel(), dtype=torch.int32)
+                writer = torch.zeros(tensor.numel(), dtype=torch.int32, device="cpu")
                 alive.append(writer)
             _describe(description, tensor, writer)
         words = b"".join(struct.pack("<f" if f else "<i", v) for f, v in zip(self._floats, scalars))

@@ -9,10 +9,13 @@ Letters: B batch, N rows, M columns, T rounds.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import addressof, c_int64
 from functools import cache
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from otfuse import attention, ops
 from otfuse.attention import Marginals
-from otfuse.backends.base import Backend, Solution, is_installed
+from otfuse.backends.base import Backend, Solution
 from otfuse.problem import Problem, SinkhornAttendOutput, VarlenProblem
 
 # Matrix entries times rounds that make another thread worth it. Handing eight empty pieces to two threads took
@@ -36,7 +39,9 @@ class CpuBackend(Backend):
     packs = True
 
     def unavailable(self) -> list[str]:
-        return [] if is_installed("numba") else ["numba is not installed (pip install 'otfuse[cpu]')"]
+        from otfuse.backends import _numba
+
+        return list(_numba.UNAVAILABLE)
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
         return self._solve(similarity, 1 / problem.epsilon, p, problem)
@@ -142,6 +147,9 @@ ops.implement("sinkhorn_tokens_cpu", launch_sinkhorn_tokens, "CPU")
 ops.implement("sinkhorn_cpu_backward", launch_sinkhorn_backward, "CPU")
 
 
+_compiled: set[tuple[str, torch.dtype]] = set()
+
+
 class _Call:
     """One call of the compiled code: keeps alive what it hands over by address, and spreads items over threads."""
 
@@ -150,6 +158,7 @@ class _Call:
         self.dtype = similarity.dtype
         self.work = similarity.numel() * rounds
         self.alive: list[Tensor] = []
+        self.stop = c_int64(0)  # read by the compiled code at every iteration; not zero: it ends early
 
     def addresses(self, *tensors: Tensor) -> tuple[int, ...]:
         contiguous = [tensor.contiguous() for tensor in tensors]
@@ -157,7 +166,7 @@ class _Call:
         return tuple([tensor.data_ptr() for tensor in contiguous])
 
     def over_items(self, name: str, *args: Any) -> None:
-        """Call ``name(first, last, like, shape, *args)`` on as many threads as torch has and the work is worth.
+        """Call ``name(first, last, stop, like, shape, *args)`` on as many threads as torch has and the work is worth.
 
         An item is always done by one thread in one order, so the result does not depend on how many there are.
         """
@@ -165,18 +174,76 @@ class _Call:
 
         function: Callable[..., None] = getattr(kernels, name)
         like: Any = kernels.LIKE[self.dtype.itemsize]
+
+        def solve(first: int, last: int) -> None:
+            """A thread that runs this owns the tensors through ``self``, whatever becomes of the caller."""
+            function(first, last, addressof(self.stop), like, self.shape, *args)
+
         B = self.shape[0]
         threads = min(torch.get_num_threads(), B, self.work // WORK_PER_THREAD)
         if threads <= 1:
-            function(0, B, like, self.shape, *args)
+            solve(0, B)
             return
+        if (name, self.dtype) not in _compiled:  # here, since to compile in another thread cannot be interrupted
+            solve(0, 0)
+            _compiled.add((name, self.dtype))
         # More pieces than threads, since items that stop early or start far apart take different times.
         pieces = min(B, 4 * threads)
         bounds = [B * piece // pieces for piece in range(pieces + 1)]
-        pool = _pool(os.getpid(), threads)
-        jobs = [pool.submit(function, low, high, like, self.shape, *args) for low, high in pairwise(bounds)]
-        for job in jobs:
-            job.result()
+        _on_threads(threads, deque(pairwise(bounds)), solve, self.stop)
+
+
+def _on_threads(threads: int, pieces: deque[tuple[int, int]], solve: Callable[[int, int], None], stop: c_int64) -> None:
+    """Call ``solve`` for all pieces, and return or raise when none is being solved.
+
+    In the caller a signal's handler may raise at any time: Ctrl+C, an alarm. Hence no lock here that an interrupted
+    caller could leave locked, and nothing that is true for a moment only: to be interrupted costs the caller at most
+    a message, and a message says no more than that it is time to look again.
+    """
+    solving: deque[None] = deque()  # an entry for each thread that may have taken a piece
+    ended: SimpleQueue[None] = SimpleQueue()
+    errors: list[BaseException] = []
+
+    def take_pieces() -> None:
+        while True:
+            try:
+                first, last = pieces.popleft()
+            except IndexError:
+                return
+            solve(first, last)
+
+    def work() -> None:
+        solving.append(None)
+        try:
+            take_pieces()
+        except BaseException as error:
+            errors.append(error)
+            cancel()
+        finally:
+            solving.pop()
+            ended.put(None)
+
+    def cancel() -> None:
+        pieces.clear()
+        stop.value = 1
+
+    try:
+        try:
+            for _ in range(threads):
+                _pool(os.getpid(), threads).submit(work)
+        except RuntimeError:  # no new thread: the interpreter is ending, or the system has none to give
+            take_pieces()
+        while pieces or solving:
+            ended.get()
+    finally:
+        cancel()
+        while solving:
+            try:
+                ended.get()
+            except BaseException:  # interrupted once more; the first exception is on its way
+                continue
+    if errors:
+        raise errors.pop(0)
 
 
 @cache

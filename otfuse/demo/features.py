@@ -47,7 +47,8 @@ def band_hertz(num_mels: int = NUM_MELS, rate: int = SAMPLE_RATE) -> np.ndarray:
 def log_mel(samples: np.ndarray) -> torch.Tensor:
     """Log energies [NUM_MELS, num_windows], one window every HOP samples, in nepers of power."""
     signal = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
-    spectrum = torch.stft(signal, 512, HOP, WINDOW, torch.hann_window(WINDOW), pad_mode="constant", return_complex=True)
+    window = torch.hann_window(WINDOW, device=signal.device)
+    spectrum = torch.stft(signal, 512, HOP, WINDOW, window, pad_mode="constant", return_complex=True)
     power = spectrum.abs().square() / (WINDOW / 4) ** 2  # a full-scale sine peaks at one
     return (mel_bank() @ power + LOG_FLOOR).log()
 
@@ -86,7 +87,7 @@ def hue_amounts(pictures: torch.Tensor) -> torch.Tensor:
     saturation = pictures.amax(1) - pictures.amin(1)
     turn = torch.atan2(3.0**0.5 * (green - blue), 2.0 * red - green - blue) / (2.0 * torch.pi)
     hue = (turn % 1.0) * NUM_HUES  # [M, H, W], 0 is red, NUM_HUES / 3 is green
-    distance = (hue[:, None] - torch.arange(NUM_HUES)[:, None, None]).abs()
+    distance = (hue[:, None] - torch.arange(NUM_HUES, device=hue.device)[:, None, None]).abs()
     near = (1.0 - torch.minimum(distance, NUM_HUES - distance)).clamp_min(0.0)  # [M, NUM_HUES, H, W]
     return (near * saturation[:, None]).mean((2, 3))
 
