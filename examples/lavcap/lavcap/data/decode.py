@@ -258,10 +258,12 @@ def _square(frame: Any, size: int) -> np.ndarray:
     """[size, size, 3]: upright, the centre of the shorter side's size scaled to `size` (bicubic), as CLIP takes it."""
     picture = Image.fromarray(np.ascontiguousarray(upright(frame.to_ndarray(format="rgb24"), frame)))
     scale = size / min(picture.size)
-    begins, ends = [], []  # of the centre, in pixels of the picture
-    for side in picture.size:
-        scaled = max(size, int(side * scale))
-        begins.append((scaled - size) // 2 * side / scaled)
-        ends.append(((scaled - size) // 2 + size) * side / scaled)
+    (left, right), (top, bottom) = (_centre(side, max(size, int(side * scale)), size) for side in picture.size)
     # Scaling the centre alone is scaling the whole and cutting: what lies beside the centre is looked at too.
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, (*begins, *ends)))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+
+
+def _centre(side: int, scaled: int, size: int) -> tuple[float, float]:
+    """Begin and end, in pixels of a side, of the `size` pixels in the middle of it when it is `scaled`."""
+    begin = (scaled - size) // 2
+    return begin * side / scaled, (begin + size) * side / scaled
