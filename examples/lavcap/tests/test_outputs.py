@@ -88,20 +88,20 @@ def test_a_pipe_stays_one_and_gets_the_content(tmp_path: Path, write: Callable[[
 
 @EVERY
 def test_a_device_stays_one(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """By a link to it, and by its own name, where nodes can be made."""
+    """By its own name and by a link to it. The device is a copy, where nodes can be made, since a failure destroys it."""
     name, _ = WRITERS[write]
-    (tmp_path / name).symlink_to(os.devnull)
-    write(tmp_path / name)
-    assert (tmp_path / name).is_symlink() and stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    node = tmp_path / "nodes" / name
-    node.parent.mkdir()
+    node, link = tmp_path / name, tmp_path / "links" / name
+    link.parent.mkdir()
     try:
-        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null
         node.open("wb").close()
     except PermissionError:
-        return  # of root alone, and not in every container
-    write(node)
-    assert stat.S_ISCHR(node.stat().st_mode)
+        pytest.skip("device nodes can be made by root alone, and not in every container")
+    link.symlink_to(node)
+    for path in (node, link):
+        write(path)
+        assert stat.S_ISCHR(node.stat().st_mode) and link.is_symlink()
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, "links"])
 
 
 @EVERY
@@ -128,11 +128,16 @@ def test_half_a_content_reaches_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [pipe]
 
 
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+@pytest.mark.parametrize("name", ["stdout", "fd/1", "/proc/self/fd/1", "link"])
 @pytest.mark.parametrize("to", ["file", "pipe"])
 def test_the_standard_output_keeps_what_was_printed(tmp_path: Path, name: str, to: str) -> None:
-    """Also where it goes to a file: renamed over, or opened anew, that would lose the lines before or after."""
-    (tmp_path / "link").symlink_to("/dev/stdout")
+    """Also where it goes to a file: renamed over, or opened anew, that would lose the lines before or after.
+
+    Of /dev, whose own links a failure would destroy, there is a copy.
+    """
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    (tmp_path / "fd").symlink_to("/proc/self/fd")
+    (tmp_path / "link").symlink_to("stdout")
     path = str(tmp_path / name)  # an absolute name stays as it is
     script = (
         "import sys; from pathlib import Path; from lavcap.files import write_whole\n"
