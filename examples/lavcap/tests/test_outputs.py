@@ -88,7 +88,7 @@ def test_a_pipe_stays_one_and_gets_the_content(tmp_path: Path, write: Callable[[
 
 @EVERY
 def test_a_device_stays_one(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """By its own name and by a link to it. The device is a copy, where nodes can be made, since a failure destroys it."""
+    """By its own name and by a link to it. It is a copy, where nodes can be made, since a failure destroys it."""
     name, _ = WRITERS[write]
     node, link = tmp_path / name, tmp_path / "links" / name
     link.parent.mkdir()
