@@ -74,7 +74,7 @@ def write_captions(
     most = max(map(len, references.values()))
     header = ["clip_id", "caption", *(m.name for m in metrics), *(f"reference_{i + 1}" for i in range(most))]
     rows: Iterable[list[str]] = (
-        [clip_id, predictions[clip_id], *(f"{m.per_clip[i]:.4f}" for m in metrics), *texts, *[""] * (most - len(texts))]
+        [clip_id, predictions[clip_id], *(f"{m.per_clip[i]:.4f}" for m in metrics), *texts]
         for i, (clip_id, texts) in enumerate(references.items())
     )
     text = io.StringIO()
