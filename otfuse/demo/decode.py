@@ -6,6 +6,7 @@ in the sound end up where they belong. Whatever decodes is used; what did not is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from av.audio.frame import AudioFrame
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
+
+from otfuse.demo.media import OutOfRange, check, file_url, limit, upright
 
 SAMPLE_RATE = 16000  # samples a second after resampling, mono
 FRAMES_PER_SECOND = 2  # pictures a second that become tokens
@@ -49,6 +52,15 @@ def read_clip(path: str | Path, max_seconds: float = 30.0) -> Clip:
     """Decode up to `max_seconds` of a clip; raise `ClipError` for what holds no usable sound and picture."""
     path = Path(path)
     _check_file(path)
+    try:
+        return _read_clip(path, max_seconds)
+    except OutOfRange as error:
+        raise ClipError(f"clip '{path}' holds {error}: {WAY_OUT}") from error
+    except MemoryError as error:
+        raise ClipError(f"clip '{path}' takes more memory than there is: {WAY_OUT}") from error
+
+
+def _read_clip(path: Path, max_seconds: float) -> Clip:
     notes: list[str] = []
     with _open(path) as container:
         described = ", ".join(_describe(stream) for stream in container.streams) or "none"
@@ -110,7 +122,7 @@ def _check_file(path: Path) -> None:
 
 def _open(path: Path) -> av.container.InputContainer:
     try:
-        return av.open(str(path))
+        return av.open(file_url(path))
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ClipError(f"clip '{path}' cannot be read as sound or video ({reason}): {WAY_OUT}") from error
@@ -162,6 +174,7 @@ def _decoded(path: Path, index: int, notes: list[str]) -> Iterator[Any]:
     with _open(path) as container:
         stream = container.streams[index]
         stream.thread_type = "AUTO"
+        limit(stream)
         packets = container.demux(stream)
         while True:
             try:
@@ -176,7 +189,9 @@ def _decoded(path: Path, index: int, notes: list[str]) -> Iterator[Any]:
             except av.error.FFmpegError:
                 damaged += 1
                 continue
-            yield from decoded
+            for frame in decoded:
+                check(frame)
+                yield frame
     if damaged:
         notes.append(f"{damaged} damaged packet(s) of stream {index} skipped")
 
@@ -189,7 +204,7 @@ def _read_sound(path: Path, index: int, stop: float, notes: list[str]) -> tuple[
 
     def drain(frame: AudioFrame | None) -> None:
         assert resampler is not None
-        runs[-1][1].extend(piece.to_ndarray().mean(0) for piece in resampler.resample(frame))
+        runs[-1][1].extend(piece.to_ndarray()[0] for piece in resampler.resample(frame))
 
     for frame in _decoded(path, index, notes):
         time = expected if frame.time is None else frame.time
@@ -198,10 +213,12 @@ def _read_sound(path: Path, index: int, stop: float, notes: list[str]) -> tuple[
         if resampler is None or shape != _sound_shape(frame) or abs(time - expected) > HOLE:
             if resampler is not None:
                 drain(None)
-            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+            to_float = av.AudioResampler(format="flt")  # channels in turn: PyAV dies of eight planes
+            resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
             runs.append((time, []))
             shape = _sound_shape(frame)
-        drain(frame)
+        for part in to_float.resample(frame):
+            drain(_mono(part, math.ceil((stop - time) * frame.sample_rate)))
         expected = time + frame.samples / frame.sample_rate
     if resampler is None:
         return None
@@ -215,6 +232,14 @@ def _read_sound(path: Path, index: int, stop: float, notes: list[str]) -> tuple[
     for first, piece in pieces:
         samples[first : first + len(piece)] = piece
     return samples, start
+
+
+def _mono(frame: AudioFrame, most: int) -> AudioFrame:
+    """The mean of the channels, of `most` samples at most: one frame can hold hours."""
+    samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)[:most].mean(1)
+    mono = AudioFrame.from_ndarray(samples[None].astype(np.float32, copy=False), format="fltp", layout="mono")
+    mono.sample_rate = frame.sample_rate
+    return mono
 
 
 def _sound_shape(frame: AudioFrame) -> tuple[str, str, int]:
@@ -259,4 +284,4 @@ def _small(frame: VideoFrame) -> np.ndarray:
     scale = PICTURE_SIZE / max(frame.width, frame.height)
     width, height = (max(8, round(side * scale)) for side in (frame.width, frame.height))
     picture = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    return np.ascontiguousarray(np.rot90(picture, k=round(frame.rotation / 90)))
+    return np.ascontiguousarray(upright(picture, frame))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from otfuse.backends import BackendError, select
 from otfuse.demo import features, report
 from otfuse.demo.check import compare_with_pot
 from otfuse.demo.decode import Clip, read_clip
+from otfuse.demo.output import whole_file
 from otfuse.demo.recovery import NOTHING, recovery, token_labels
 from otfuse.demo.shared_space import SharedSpace, share
 from otfuse.demo.synthesize import KINDS, Event, write_synthetic_clip
@@ -137,12 +137,8 @@ def draw(
         picture_spans=_spans(event for event in events if event.seen),
         row_colours=colours,
     )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _spans(events: Iterable[Event]) -> list[Span]:

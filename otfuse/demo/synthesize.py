@@ -8,7 +8,6 @@ ball.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import av
 import numpy as np
+
+from otfuse.demo.output import whole_file
 
 SLOT = 1.0  # seconds from one event to the next
 SHOWN = 0.7  # seconds an event lasts
@@ -142,21 +143,16 @@ def write_media(
     Either may be None (no such stream); `num_sounds` streams of sound are written, of which the first is
     `samples` and the others are silent.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        with av.open(str(partial), "w") as container:
-            _encode(
-                container,
-                pictures,
-                samples,
-                fps=fps,
-                rate=rate,
-                sound_codec=sound_codec,
-                num_sounds=num_sounds,
-            )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file, av.open(file, "w") as container:
+        _encode(
+            container,
+            pictures,
+            samples,
+            fps=fps,
+            rate=rate,
+            sound_codec=sound_codec,
+            num_sounds=num_sounds,
+        )
 
 
 def _encode(

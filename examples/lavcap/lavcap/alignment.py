@@ -5,7 +5,6 @@ Letters: K mel bins, W windows of the spectrogram, T moments of sound, F picture
 
 from __future__ import annotations
 
-import os
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from lavcap.audio.front_ends import HOP, PATCH, build_front_end
 from lavcap.config import Config, Weights
 from lavcap.data.decode import FRAMES_PER_SECOND
 from lavcap.data.sample import SAMPLE_RATE
+from otfuse.demo.output import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,9 +124,5 @@ def _figure(alignment: Alignment, title: str, lines: Sequence[str]) -> Figure:
 
 
 def _save(path: Path, figure: Figure) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")

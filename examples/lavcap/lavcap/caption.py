@@ -3,6 +3,7 @@
 missing, a folder, not media, damaged    no caption
 without sound, or without picture        no caption, unless the captioner does not use what is missing
 shorter than a second                    no caption
+pictures too large, sound too slow       no caption
 longer than ten seconds                  the first ten are captioned, and a note says so
 cut off, or damaged further on           what can be decoded is captioned, and a note says so
 silent                                   captioned, and a note says so
@@ -127,6 +128,11 @@ def failed(path: Path, dropped: Dropped) -> Result:
         )
     elif reason is Reason.TOO_SHORT:
         error = f"is too short, {detail}: give a clip of {SHORTEST:g} s at least"
+    elif reason is Reason.OUT_OF_RANGE:
+        error = (
+            f"holds what is out of range ({detail}): convert it, as with 'ffmpeg -i FILE -vf scale=-2:360 -ar 16000 "
+            "smaller.mp4'"
+        )
     else:
         error = (
             f"cannot be read as sound and picture ({detail}): give a media file such as MP4; if it is one, it is "

@@ -2,26 +2,31 @@
 
 A run's folder holds ``checkpoint-<step>`` folders. Each has ``trained.safetensors`` (LoRA, projector, whatever else
 is trained, statistics that adapt), what resuming needs (optimiser, schedule, random states, the trainer's own record),
-``config.yaml`` and the tokenizer. A folder is filled under a name that no reader looks for, synced to disk and renamed,
+``config.yaml``, the tokenizer, and ``checksums.json`` of them all, by which a file that is missing or damaged is found
+before any is read. A folder is filled under a name that no reader looks for, synced to disk and renamed,
 so one that has its final name is complete, whenever the process was killed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavcap.config import Config
 from lavcap.config_file import load_config
+from lavcap.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +37,7 @@ WEIGHTS = "trained.safetensors"
 RECORD = "trainer_state.json"
 TOKENIZER = "tokenizer"
 CONFIG = "config.yaml"
+CHECKSUMS = "checksums.json"
 _FINISHED = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = ".unfinished-"
 
@@ -49,12 +55,14 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> C
 
     Raises:
         FileNotFoundError: ``folder`` is neither.
-        ValueError: the weights do not fit the config that lies beside them.
+        ValueError: a file is missing or damaged, or the weights do not fit the config that lies beside them.
     """
     from lavcap.captioner import load_captioner
     from lavcap.language import build_tokenizer
 
     chosen = best_checkpoint(Path(folder))
+    if (chosen / CHECKSUMS).is_file():
+        verify(chosen, (WEIGHTS, CONFIG, TOKENIZER))
     config = load_config(chosen / CONFIG)
     tokenizer = build_tokenizer(config.language, folder=chosen / TOKENIZER)
     captioner = load_captioner(config, tokenizer, device=device)
@@ -77,12 +85,16 @@ def load_trained(model: Captioner, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: the folder is no checkpoint.
-        ValueError: the checkpoint holds other names or shapes than this model trains; the message lists them.
+        ValueError: the checkpoint is damaged, or holds other names or shapes than this model trains; the message lists
+            them.
     """
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}: not a checkpoint of lavcap train")
-    saved, live = load_file(path), model.trained_state()
+    try:
+        saved, live = load_file(path), model.trained_state()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): {_way_out(folder)}") from None
     problems = [f"{name} is missing" for name in live.keys() - saved.keys()]
     problems += [f"{name} is not trained here" for name in saved.keys() - live.keys()]
     problems += [
@@ -96,6 +108,54 @@ def load_trained(model: Captioner, folder: Path) -> None:
     with torch.no_grad():
         for name, value in live.items():
             value.copy_(_placed_like(value, saved[name]))
+
+
+def write_checksums(folder: Path) -> None:
+    """Of all files of a checkpoint, when they are written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path, names: tuple[str, ...] = ("",)) -> None:
+    """Raise ``ValueError`` if a file of a checkpoint is missing or has other bytes than were written.
+
+    Args:
+        folder: of the checkpoint.
+        names: what the names of the files to look at begin with; all of them, unless given.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, without which nothing says that {folder} is whole: {_way_out(folder)}")
+    sums = read_json(path.read_bytes(), path, _way_out(folder))
+    for name, written in sums.items():
+        if not name.startswith(names):
+            continue
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing: {_way_out(folder)}")
+        if _checksum(folder / name) != written:
+            raise ValueError(f"{folder / name} is damaged, its checksum is not the one written: {_way_out(folder)}")
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    older = [path for path in checkpoints(folder.parent) if _step(path) < _step(folder)]
+    if not older:
+        return f"no older checkpoint is beside it; copy it again, or remove {folder} to train anew"
+    return f"copy it again, or remove {folder}, and {older[-1]} is taken"
+
+
+def _step(folder: Path) -> float:
+    match = _FINISHED.fullmatch(folder.name)
+    return int(match[1]) if match else math.inf
 
 
 def unfinished(target: Path) -> Path:
@@ -165,7 +225,10 @@ def best_checkpoint(run: Path) -> Path:
     latest = latest_checkpoint(run)
     if latest is None:
         raise FileNotFoundError(f"no checkpoint in {run}: name a folder that lavcap train wrote")
-    best = json.loads((latest / RECORD).read_text(encoding="utf-8"))["best_global_step"]
+    path = latest / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, which names the best checkpoint: {_way_out(latest)}")
+    best = read_json(path.read_bytes(), path, _way_out(latest))["best_global_step"]
     return run / f"checkpoint-{best}" if best else latest
 
 

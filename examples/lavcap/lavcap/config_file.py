@@ -55,7 +55,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: 'base' goes round in a circle: {', '.join(map(str, seen))}")
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}; those of the package are in examples/lavcap/configs")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: must hold 'section: ...' lines, got {type(settings).__name__}")
     base = settings.pop("base", None)

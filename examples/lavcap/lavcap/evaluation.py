@@ -6,20 +6,21 @@ plans.safetensors   of each clip, by its id: the plan [N, M] that its caption wa
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lavcap.config import Config
 from lavcap.config_file import config_from_dict, config_to_dict
-from lavcap.scoring.files import write_whole
+from lavcap.files import read_json, read_table, write_whole
 
 CAPTIONS, SCORES, ORIGIN, PLANS = "captions.csv", "scores.json", "evaluation.json", "plans.safetensors"
+AGAIN = "run 'lavcap evaluate' again"
 
 
 class Origin(NamedTuple):
@@ -49,9 +50,7 @@ class Evaluation(NamedTuple):
 def write_origin(folder: Path, origin: Origin) -> None:
     what = {"checkpoint": origin.checkpoint, "data": origin.data, "split": origin.split}
     write_whole(folder / ORIGIN, json.dumps(what | {"config": config_to_dict(origin.config)}, indent=1) + "\n")
-    temporary = folder / f".{PLANS}.tmp"
-    temporary.write_bytes(save({clip_id: plan.contiguous() for clip_id, plan in origin.plans.items()}))
-    temporary.replace(folder / PLANS)
+    write_whole(folder / PLANS, save({clip_id: plan.contiguous() for clip_id, plan in origin.plans.items()}))
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -62,12 +61,15 @@ def read_evaluation(folder: Path) -> Evaluation:
         ValueError: a run with several; the message names them.
     """
     folder = _find(folder)
-    report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    what = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    report, what = (read_json((folder / name).read_bytes(), folder / name, AGAIN) for name in (SCORES, ORIGIN))
     config = config_from_dict(what.pop("config"))
-    origin = Origin(**what, config=config, plans=load_file(folder / PLANS))
-    with (folder / CAPTIONS).open(encoding="utf-8", newline="") as file:
-        clips = [_scored(row, list(report["metrics"])) for row in csv.DictReader(file)]
+    try:
+        plans = load_file(folder / PLANS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / PLANS} is damaged ({error}): {AGAIN}") from None
+    origin = Origin(**what, config=config, plans=plans)
+    _, rows = read_table(folder / CAPTIONS)
+    clips = [_scored(row.fields, list(report["metrics"])) for row in rows]
     return Evaluation(folder, origin, report, clips)
 
 

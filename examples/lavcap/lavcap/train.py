@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lavcap.config_file import config_to_dict, load_config, save_config
 from lavcap.data.dataset import PreparedDataset
 from lavcap.data.prepare import check_disjoint
 from lavcap.data.sample import Sample
+from lavcap.files import alone_in
 from lavcap.language import build_tokenizer
 from lavcap.trainer import Cadence, Captioning, CaptionTrainer
 from lavcap.visual import visual_fingerprint
@@ -50,22 +52,25 @@ def train(config: Config) -> Captioning:
         The trainer, whose ``state`` holds the log.
 
     Raises:
-        ValueError: the output folder holds a run of another config, or a setting is out of range.
+        ValueError: the output folder holds a run of another config or a damaged checkpoint, another training is at work
+            there, or a setting is out of range.
         FileNotFoundError: the prepared set lacks a split.
     """
     check(config)
     clips, validation = open_sets(config)
     arguments = engine_arguments(config)
     output = Path(config.train.output)
-    with arguments.main_process_first(desc="the run's folder"):
-        if arguments.process_index == 0:
-            claim(output, config)
-        tokenizer = run_tokenizer(config, clips)
-    captioner = load_captioner(config, tokenizer)
-    if config.train.gradient_checkpointing:
-        captioner.gradient_checkpointing_enable()
-    trainer = build_trainer(config, arguments, captioner, tokenizer, clips, validation)
-    run(trainer)
+    with ExitStack() as claimed:
+        with arguments.main_process_first(desc="the run's folder"):
+            if arguments.process_index == 0:
+                claimed.enter_context(alone_in(output, "lavcap train"))
+                claim(output, config)
+            tokenizer = run_tokenizer(config, clips)
+        captioner = load_captioner(config, tokenizer)
+        if config.train.gradient_checkpointing:
+            captioner.gradient_checkpointing_enable()
+        trainer = build_trainer(config, arguments, captioner, tokenizer, clips, validation)
+        run(trainer)
     return trainer
 
 
@@ -73,11 +78,13 @@ def run(trainer: Captioning) -> None:
     """Train to the end from wherever the output folder stands, and write the log there.
 
     Raises:
-        ValueError: the checkpoint to go on from was written by another number of processes.
+        ValueError: the checkpoint to go on from lacks a file or is damaged, or was written by another number of
+            processes.
     """
     output, seed = Path(trainer.args.output_dir), trainer.config.train.seed
     latest = checkpoint.latest_checkpoint(output)
     if latest is not None:
+        checkpoint.verify(latest)
         logger.warning("going on from %s", latest)
         before = len(list(latest.glob("rng_state*.pth")))
         if before != trainer.args.world_size:

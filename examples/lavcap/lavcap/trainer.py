@@ -197,6 +197,7 @@ class Captioning(AnyTrainer):
             self.state.save_to_json(os.fspath(unfinished / checkpoint.RECORD))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            checkpoint.write_checksums(unfinished)
             checkpoint.finish_folder(folder)
             checkpoint.keep_newest(run, self.config.train.keep_checkpoints, best=self.state.best_global_step)
         self.accelerator.wait_for_everyone()

@@ -124,3 +124,80 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20"]
     assert checkpoint.best_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     assert checkpoint.best_checkpoint(tmp_path / "checkpoint-20") == tmp_path / "checkpoint-20"
+
+
+def whole_run(run: Path) -> Path:
+    """Two checkpoints as training leaves them; the newer."""
+    for step in (1, 2):
+        folder = checkpoint.start_folder(run / f"checkpoint-{step}")
+        checkpoint.save_trained(Model(), folder)
+        (folder / checkpoint.RECORD).write_text(json.dumps({"best_global_step": 2}))
+        (folder / checkpoint.TOKENIZER).mkdir()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.CONFIG, "tokenizer/tokenizer.json"):
+            (folder / name).write_bytes(name.encode() * 100)
+        checkpoint.write_checksums(folder)
+        checkpoint.finish_folder(run / folder.name.removeprefix(".unfinished-"))
+    return run / "checkpoint-2"
+
+
+def test_every_file_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
+    """A byte flipped, the end cut off, nothing left, or no file: each is told of, with the checkpoint to go on from."""
+    newest = whole_run(tmp_path)
+    checkpoint.verify(newest)
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) == 8  # seven and their checksums
+    for path in files:
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for damaged in (bytes(flipped), content[: len(content) // 2], b"", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            with pytest.raises(ValueError) as error:
+                checkpoint.verify(newest)
+            if path.name != checkpoint.CHECKSUMS or damaged is None:  # a flipped sum blames the file that it is of
+                what = "missing" if damaged is None else "damaged"
+                assert str(error.value).startswith(f"{path} is {what}")
+            assert str(error.value).endswith(f"remove {newest}, and {tmp_path / 'checkpoint-1'} is taken")
+            path.write_bytes(content)
+    checkpoint.verify(newest)
+    (newest / "test").mkdir()
+    (newest / "test" / "captions.csv").touch()  # an evaluation may lie in it
+    checkpoint.verify(newest)
+
+
+def test_without_an_older_checkpoint_it_says_so(tmp_path: Path) -> None:
+    newest = whole_run(tmp_path)
+    checkpoint.remove_folder(tmp_path / "checkpoint-1")
+    (newest / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer.pt is missing: no older checkpoint is beside it; copy it again"):
+        checkpoint.verify(newest)
+    moved = newest.rename(tmp_path / "mine")
+    (moved / checkpoint.CHECKSUMS).unlink()
+    with pytest.raises(ValueError, match=r"mine/checksums.json is missing, without which nothing says"):
+        checkpoint.verify(moved)
+
+
+def test_captions_need_no_optimiser_and_no_damaged_weights(tmp_path: Path) -> None:
+    newest = whole_run(tmp_path)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).unlink()
+    with pytest.raises(ValueError, match="section"):  # of the stand-in for a config: so far it got
+        checkpoint.load_checkpoint(newest)
+    path = newest / checkpoint.WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of a weight: safetensors alone would read another number
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"trained.safetensors is damaged, its checksum is not"):
+        checkpoint.load_checkpoint(newest)
+    path.write_bytes(content[:50])
+    with pytest.raises(ValueError, match=r"trained.safetensors is damaged \(.*: copy it again, or remove"):
+        checkpoint.load_trained(Model(), newest)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", None])
+def test_a_damaged_record_names_itself(tmp_path: Path, content: bytes | None) -> None:
+    path = whole_run(tmp_path) / checkpoint.RECORD
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        checkpoint.best_checkpoint(tmp_path)
+    assert str(error.value).startswith(str(path)) and f"{tmp_path / 'checkpoint-1'} is taken" in str(error.value)

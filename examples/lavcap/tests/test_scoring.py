@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from lavcap.cli import main
 from lavcap.data.captions import read_captions
-from lavcap.scoring import spice
+from lavcap.scoring import java, spice
 from lavcap.scoring.agreement import human_agreement
 from lavcap.scoring.bootstrap import intervals
 from lavcap.scoring.metrics import MeteorScorer, Metric, Scores, score_captions, score_tokens
@@ -215,6 +218,85 @@ def test_a_java_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch: p
         dead.score({"a": ["x"]}, {"a": ["y"]})
     with pytest.raises(RuntimeError, match=r"0 lines for 1 captions \(exit status 1\): no memory left"):
         tokenise({"a": ["x"]})
+
+
+SCORE = """
+import sys
+from lavcap.scoring.metrics import score_captions
+from pycocoevalcap.meteor import meteor
+print(meteor.__file__, file=sys.stderr)
+references = {"a": ["the dog barks"], "b": ["rain is falling"]}
+for metric in score_captions({"a": "a dog barks", "b": "rain falls"}, references).metrics:
+    print(metric.name, repr(float(metric.score)))
+"""
+
+
+def scored(**environment: str) -> tuple[str, str]:
+    """Scores from a process of its own, with its own Java, and where it has pycocoevalcap from."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def plainly_scored(meteor: MeteorScorer) -> str:
+    scores = scored()[0]
+    assert 0 < float(scores.split("METEOR ")[1].split()[0]) < 1
+    return scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"JAVA_TOOL_OPTIONS": "-Duser.language=de -Duser.country=DE"},
+        {"_JAVA_OPTIONS": "-Xmx3g -Duser.language=fr"},
+        {"JDK_JAVA_OPTIONS": "-Duser.language=ar -Duser.country=EG"},
+        {"LC_ALL": "de_DE.UTF-8"},
+    ],
+    ids=str,
+)
+def test_scores_are_the_same_in_every_locale(plainly_scored: str, options: dict[str, str]) -> None:
+    """German and French write decimal commas, Egyptian Arabic other digits: METEOR cannot read its own counts then."""
+    assert scored(**options)[0] == plainly_scored
+
+
+def test_scores_are_the_same_wherever_packages_lie(plainly_scored: str, tmp_path: Path) -> None:
+    """Also with a folder for temporary files of such a name."""
+    odd = tmp_path / "sp ace #1 50% m\u00fc"
+    odd.mkdir()
+    shutil.copytree(Path(spice.pycocoevalcap.__path__[0]), odd / "pycocoevalcap")
+    path = os.pathsep.join([str(odd), *filter(None, [os.environ.get("PYTHONPATH")])])
+    scores, where = scored(PYTHONPATH=path, TMPDIR=str(odd))
+    assert str(odd) in where and scores == plainly_scored
+    assert [entry.name for entry in odd.iterdir()] == ["pycocoevalcap"]
+
+
+def test_what_java_gets_is_the_users_own_and_then_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SPICE's Java is started by pycocoevalcap, from this process's environment."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xmx1g -Duser.language=de")
+    monkeypatch.delenv("_JAVA_OPTIONS", raising=False)
+    before = dict(os.environ)
+    ours = "-Duser.language=en -Duser.country=US"
+    with pytest.raises(KeyError), java.java_locale():
+        assert os.environ["JAVA_TOOL_OPTIONS"] == f"-Xmx1g -Duser.language=de {ours}"
+        assert os.environ["_JAVA_OPTIONS"] == ours
+        raise KeyError
+    assert dict(os.environ) == before
+
+
+def test_a_java_that_does_not_run_is_found_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a bare macOS, where there is a ``java`` that only says where to get one."""
+    stub = tmp_path / "java"
+    stub.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["evaluate", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{stub} does not run (Unable to locate a Java Runtime.): install one" in error
 
 
 def test_spice_says_what_is_missing(scores: Scores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -28,11 +29,15 @@ from lavcap.config import (
     Tracker,
     VisualOnly,
 )
+from lavcap.config_file import save_config
 from lavcap.data.sample import collate
 from lavcap.draws import draw
+from lavcap.files import alone_in
 from lavcap.language import build_tokenizer
 from lavcap.prompts import test_prompt
 from lavcap.trainer import Counts, as_model_batch, refuse_sharding
+from lavcap.visual import visual_fingerprint
+from media import write_split
 from small import WORDS, Clips, losses, small_config, small_trainer
 from transformers import Trainer, TrainingArguments
 
@@ -263,6 +268,52 @@ def test_a_run_is_not_continued_with_another_config(tmp_path: Path) -> None:
     train.claim(tmp_path, other(other(config, "train", log_steps=7), "data", folder="moved"))
     with pytest.raises(ValueError, match=r"another config, which differs in audio.size, train.learning_rate: name"):
         train.claim(tmp_path, other(other(config, "train", learning_rate=1.0), "audio", size=train.Config().audio.size))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.WEIGHTS])
+def test_a_run_does_not_go_on_from_half_a_checkpoint(tmp_path: Path, name: str) -> None:
+    """With a new optimiser, schedule or random state it would end with other weights, and nothing would show."""
+    finished(small_config(tmp_path, epochs=1.0, warmup_epochs=0.5, checkpoint_steps=2), clips=6)
+    newest, older = tmp_path / "checkpoint-3", tmp_path / "checkpoint-2"
+    assert checkpoint.checkpoints(tmp_path) == [older, newest]
+    content = (newest / name).read_bytes()
+    (newest / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing.*, and {older} is taken"):
+        finished(small_config(tmp_path, epochs=1.0, warmup_epochs=0.5, checkpoint_steps=2), clips=6)
+    (newest / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*, and {older} is taken"):
+        finished(small_config(tmp_path, epochs=1.0, warmup_epochs=0.5, checkpoint_steps=2), clips=6)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second says so before it touches what the first is writing; when the first has ended, it may."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for split in ("clips", "others"):
+        write_split(data, split, 4, clips_per_shard=4)
+    config = other(small_config(run), "data", folder=str(data), train_split="clips", validation_split="others")
+    save_config(config, tmp_path / "config.yaml")
+    for split in ("clips", "others"):
+        settings = data / split / "settings.json"
+        settings.write_text(
+            json.dumps(json.loads(settings.read_text()) | {"visual": visual_fingerprint(config.visual)})
+        )
+    half_written = run / ".unfinished-checkpoint-4"
+    half_written.mkdir(parents=True)
+    holder = (
+        "import sys; from pathlib import Path; from lavcap.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1]), 'lavcap train'): print('at work', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "at work\n"
+        assert main(["train", str(tmp_path / "config.yaml")]) == 2
+        first.communicate("")
+    error = capsys.readouterr().err
+    assert f"lavcap train: another 'lavcap train' is at work in {run}: wait for it, or end it\n" in error
+    assert half_written.is_dir() and sorted(path.name for path in run.iterdir()) == [".lock", half_written.name]
+    with alone_in(run, "lavcap train"):
+        train.claim(run, config)
+    assert not half_written.exists()
 
 
 def test_ways_of_sharing_that_are_refused() -> None:

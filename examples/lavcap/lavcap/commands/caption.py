@@ -39,7 +39,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lavcap.alignment import why_no_plan
-    from lavcap.scoring.files import write_whole
+    from lavcap.files import write_whole
 
     _check_targets(args)
     captioner = load_file_captioner(args)

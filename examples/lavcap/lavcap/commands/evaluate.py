@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from lavcap.evaluate import caption_clips
     from lavcap.evaluation import Origin, write_origin
     from lavcap.scoring.files import write_captions
+    from lavcap.scoring.java import check_java
     from lavcap.scoring.report import markdown, score_report, write_report
-    from lavcap.scoring.tokens import find_java
 
-    find_java()  # before hours of beam search, not after
+    check_java()  # before hours of beam search, not after
     fixed = [setting for setting in args.set if not setting.startswith(("generation.", "data."))]
     if fixed:
         raise ValueError(f"--set {fixed[0]}: a trained captioner is as it is; generation.* and data.* can be set")

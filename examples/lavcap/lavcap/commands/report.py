@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lavcap.evaluation import read_evaluation
+    from lavcap.files import write_whole
     from lavcap.page.clips import shown_clips
     from lavcap.page.html import page
-    from lavcap.scoring.files import write_whole
 
     evaluation = read_evaluation(args.evaluation)
     clips = list(shown_clips(evaluation, args.media, args.data))

@@ -6,8 +6,6 @@ message names): a clip is one range of bytes, so training reads from object stor
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from torch.utils.data import Dataset
 
 from lavcap.data.captions import is_selected
 from lavcap.data.sample import Sample
-from lavcap.data.shards import MANIFEST, SETTINGS, Line, parse_manifest, read_samples
+from lavcap.data.shards import MANIFEST, SETTINGS, Line, parse_manifest, read_clip
+from lavcap.files import read_json
 
 
 class PreparedDataset(Dataset[Sample]):
@@ -48,8 +47,7 @@ class PreparedDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         line = self._lines[index]
         members = read_bytes(f"{self.location}/{line.shard}", line.offset, line.offset + line.size)
-        (sample,) = read_samples(io.BytesIO(members))
-        return sample
+        return read_clip(members, line, self.location)
 
     def check_visual(self, fingerprint: str) -> None:
         """Raise ``ValueError`` if the features come from another picture encoder than this one."""
@@ -67,10 +65,11 @@ def split_location(folder: str | Path, split: str) -> str:
 def read_split(location: str) -> tuple[dict[str, Any], list[Line]]:
     """Settings and kept clips of a complete split."""
     try:
-        settings = json.loads(read_bytes(f"{location}/{SETTINGS}"))
+        content = read_bytes(f"{location}/{SETTINGS}")
     except FileNotFoundError:
         raise FileNotFoundError(f"no prepared split {location}: make it with 'lavcap prepare'") from None
-    lines = parse_manifest(read_bytes(f"{location}/{MANIFEST}").decode("utf-8"))
+    settings = read_json(content, f"{location}/{SETTINGS}", "copy it again, or remove the folder and prepare it anew")
+    lines = parse_manifest(read_bytes(f"{location}/{MANIFEST}"), f"{location}/{MANIFEST}")
     if len(lines) < settings["num_candidates"]:
         raise ValueError(
             f"{location} is unfinished, {len(lines)} of {settings['num_candidates']} clips: run the same "

@@ -9,6 +9,7 @@ files are decoded side by side by processes (:mod:`lavcap.data.prepare`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -21,12 +22,14 @@ from av.stream import Disposition
 from PIL import Image
 
 from lavcap.data.sample import SAMPLE_RATE
+from otfuse.demo.media import OutOfRange, check, file_url, limit, upright
 
 SECONDS = 10  # of a clip that are used
 FRAMES_PER_SECOND = 2
 NUM_FRAMES = SECONDS * FRAMES_PER_SECOND
 SHORTEST = 1.0  # seconds of sound, and of picture, below which a clip is dropped
 READ_THROUGH = 64 << 20  # bytes of a file, more than ten seconds have
+EDGE = 1.0  # seconds of sound beyond what is used, at both ends: resampling looks at what is beside a sample
 HOLE = 0.05  # seconds between two pieces of sound that count as a hole
 NOT_MEDIA = frozenset({"tty", "srt", "webvtt", "ass", "hls", "dash", "concat"})  # FFmpeg's names of texts and lists
 
@@ -39,6 +42,7 @@ class Reason(Enum):
     NO_SOUND = "no_sound"
     NO_PICTURE = "no_picture"
     TOO_SHORT = "too_short"
+    OUT_OF_RANGE = "out_of_range"
     NO_CAPTION = "no_caption"
     NOT_SELECTED = "not_selected"
 
@@ -79,6 +83,10 @@ def decode_clip(path: Path, picture_size: int, needs: Needs = BOTH) -> DecodedCl
         return _decode(path, picture_size, needs)
     except av.error.FFmpegError as error:
         return Dropped(Reason.UNREADABLE, error.strerror or type(error).__name__)
+    except OutOfRange as error:
+        return Dropped(Reason.OUT_OF_RANGE, str(error))
+    except MemoryError:
+        return Dropped(Reason.OUT_OF_RANGE, "decoding it takes more memory than there is")
 
 
 def _decode(path: Path, picture_size: int, needs: Needs) -> DecodedClip | Dropped:
@@ -125,7 +133,7 @@ def _read_through(path: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    return av.open(str(path), metadata_errors="replace")  # titles are in whatever code their author had
+    return av.open(file_url(path), metadata_errors="replace")  # titles are in whatever code their author had
 
 
 class _Stream(NamedTuple):
@@ -160,6 +168,7 @@ def _frames(path: Path, index: int) -> Iterator[Any]:
     with _open(path) as container:
         stream = container.streams[index]
         stream.thread_count = 1
+        limit(stream)
         packets = container.demux(stream)
         while True:
             try:
@@ -172,14 +181,16 @@ def _frames(path: Path, index: int) -> Iterator[Any]:
                 decoded = packet.decode()
             except av.error.FFmpegError:
                 continue
-            yield from decoded
+            for frame in decoded:
+                check(frame)
+                yield frame
 
 
 def _read_sound(path: Path, index: int, start: float) -> np.ndarray:
     """[S] mono samples from `start` on, at most SECONDS of them; holes are silent."""
     samples = np.zeros(SECONDS * SAMPLE_RATE, dtype=np.float32)
     filled = 0
-    for time, rate, piece in _runs_of_sound(path, index, start + SECONDS):
+    for time, rate, piece in _runs_of_sound(path, index, start, start + SECONDS):
         resampled = soxr.resample(piece, rate, SAMPLE_RATE)
         first = round((time - start) * SAMPLE_RATE)
         resampled = resampled[max(0, -first) :]
@@ -190,10 +201,11 @@ def _read_sound(path: Path, index: int, start: float) -> np.ndarray:
     return samples[:filled]
 
 
-def _runs_of_sound(path: Path, index: int, stop: float) -> Iterator[tuple[float, int, np.ndarray]]:
-    """Time, rate and mono samples of each stretch without a hole or a change of format."""
+def _runs_of_sound(path: Path, index: int, start: float, stop: float) -> Iterator[tuple[float, int, np.ndarray]]:
+    """Time, rate, mono samples of each stretch without a hole or a change of format, from about `start` to `stop`."""
     pieces: list[np.ndarray] = []
     begin = expected = 0.0
+    count = 0  # samples in `pieces`
     shape: tuple[str, str, int] | None = None
     for frame in _frames(path, index):
         time = expected if frame.time is None else frame.time
@@ -201,14 +213,21 @@ def _runs_of_sound(path: Path, index: int, stop: float) -> Iterator[tuple[float,
             break
         frame_shape = (frame.format.name, frame.layout.name, frame.sample_rate)
         if shape is None or shape != frame_shape or abs(time - expected) > HOLE:
-            if shape is not None and pieces:
+            if shape is not None and count:
                 yield begin, shape[2], np.concatenate(pieces)
             to_float = av.AudioResampler(format="flt")  # channels in turn: PyAV dies of more than eight planes
-            pieces, begin, shape = [], time, frame_shape
+            pieces, begin, shape, count = [], time, frame_shape, 0
         with np.errstate(invalid="ignore"):  # of NaN and infinity, which are looked for later
-            pieces.extend(_mono(part) for part in to_float.resample(frame))
+            samples = np.concatenate([_mono(part) for part in to_float.resample(frame)])
+        samples = samples[: math.ceil((stop + EDGE - time) * shape[2])]
+        pieces.append(samples)
+        count += len(samples)
+        unused = int(min(count / shape[2], start - EDGE - begin))  # whole seconds: the others keep their places
+        if unused > 0:
+            pieces = [np.concatenate(pieces)[unused * shape[2] :]]
+            begin, count = begin + unused, count - unused * shape[2]
         expected = time + frame.samples / frame.sample_rate
-    if shape is not None and pieces:
+    if shape is not None and count:
         yield begin, shape[2], np.concatenate(pieces)
 
 
@@ -236,11 +255,15 @@ def _read_pictures(path: Path, index: int, start: float, size: int) -> list[np.n
 
 
 def _square(frame: Any, size: int) -> np.ndarray:
-    """[size, size, 3]: upright, the shorter side scaled to `size` (bicubic), the centre cut out, as CLIP takes it."""
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
-    picture = Image.fromarray(np.ascontiguousarray(upright))
+    """[size, size, 3]: upright, the centre of the shorter side's size scaled to `size` (bicubic), as CLIP takes it."""
+    picture = Image.fromarray(np.ascontiguousarray(upright(frame.to_ndarray(format="rgb24"), frame)))
     scale = size / min(picture.size)
-    width, height = (max(size, int(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
+    (left, right), (top, bottom) = (_centre(side, max(size, int(side * scale)), size) for side in picture.size)
+    # Scaling the centre alone is scaling the whole and cutting: what lies beside the centre is looked at too.
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+
+
+def _centre(side: int, scaled: int, size: int) -> tuple[float, float]:
+    """Begin and end, in pixels of a side, of the `size` pixels in the middle of it when it is `scaled`."""
+    begin = (scaled - size) // 2
+    return begin * side / scaled, (begin + size) * side / scaled

@@ -19,7 +19,7 @@ from lavcap.data.decode import NUM_FRAMES, DecodedClip, Dropped, Reason, decode_
 from lavcap.data.sample import SAMPLE_RATE
 from lavcap.data.shards import Line, open_split, read_manifest
 
-FORMAT = 1  # of a prepared folder; one more with every change that makes old folders unreadable
+FORMAT = 2  # of a prepared folder; one more with every change after which a folder cannot be added to. 1: no checksums
 CLIPS_PER_SHARD = 256  # 170 MB of clips of 10 s
 MEDIA = frozenset({".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".3gp", ".mpg", ".mpeg", ".ts", ".wmv"})
 

@@ -12,22 +12,23 @@ manifest has as many lines as the settings announce.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+import zlib
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
 from lavcap.data.decode import Dropped
 from lavcap.data.sample import Sample
+from lavcap.files import lock, read_json
 
 MANIFEST = "manifest.csv"
 SETTINGS = "settings.json"
@@ -36,7 +37,7 @@ _END_OF_TAR = bytes(2 * _BLOCK)
 
 
 class Line(NamedTuple):
-    """A line of the manifest; the last three say where a kept clip lies."""
+    """A line of the manifest; the last four say where a kept clip lies and what its bytes are."""
 
     clip_id: str
     status: str  # "kept" or "dropped"
@@ -47,29 +48,45 @@ class Line(NamedTuple):
     shard: str = ""
     offset: int = 0  # bytes, of both members together
     size: int = 0
+    crc32: str = ""  # of these bytes, eight hexadecimal digits; empty in a set prepared before there were checksums
 
     @property
     def kept(self) -> bool:
         return self.status == "kept"
 
 
-def parse_manifest(text: str) -> list[Line]:
-    """Lines of a manifest, without a last one that was cut short."""
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(io.StringIO(whole)))[1:]
-    return [_parse(*row) for row in rows]
+def parse_manifest(content: bytes, where: str | Path) -> list[Line]:
+    """Lines of the manifest at `where`, without a last one that was cut short.
+
+    Raises:
+        ValueError: a line is not one; the message names it.
+    """
+    whole = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace")
+    header, *rows = [*csv.reader(io.StringIO(whole))] or [[]]
+    lines = []
+    for number, row in enumerate(rows, start=2):
+        try:
+            lines.append(_parse(dict(zip(header, row, strict=True))))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{where}, line {number} is damaged: copy the split's folder again, or remove it and prepare it anew"
+            ) from None
+    return lines
 
 
-def _parse(
-    clip_id: str, status: str, reason: str, detail: str, samples: str, frames: str, shard: str, offset: str, size: str
-) -> Line:
-    return Line(clip_id, status, reason, detail, int(samples), int(frames), shard, int(offset), int(size))
+def _parse(fields: dict[str, str]) -> Line:
+    if fields["status"] not in ("kept", "dropped"):
+        raise ValueError(fields["status"])
+    numbers = {
+        name: int(fields.pop(name)) for name in ("num_samples", "num_frames", "offset", "size") if name in fields
+    }
+    return Line(**fields, **numbers)  # type: ignore[arg-type]
 
 
 def read_manifest(folder: Path) -> list[Line]:
     """The manifest of a split in progress or complete; empty where none was begun."""
     path = folder / MANIFEST
-    return parse_manifest(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return parse_manifest(path.read_bytes(), path) if path.is_file() else []
 
 
 def _format(line: tuple[object, ...]) -> bytes:
@@ -100,7 +117,7 @@ class SplitWriter:
         members = tar_members(clip_id, captions, waveform, visual)
         offset = self._shard.tell()
         _write(self._shard, members)
-        place = (shard, offset, len(members))
+        place = (shard, offset, len(members), checksum(members))
         self._add(Line(clip_id, "kept", "", "", len(waveform), len(visual), *place))
         self._num_kept += 1
 
@@ -140,13 +157,10 @@ def open_split(folder: Path, settings: dict[str, Any]) -> SplitWriter:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as on_error:
         manifest = on_error.enter_context((folder / MANIFEST).open("a+b", buffering=0))
-        try:  # a lock of the process: decoders that it starts do not hold it, and a kill releases it
-            fcntl.lockf(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another 'lavcap prepare' is at work in {folder}: wait for it, or end it") from None
+        lock(manifest, folder, "lavcap prepare")
         _check_settings(folder / SETTINGS, settings)
         manifest.seek(0)
-        lines = _on_disk(folder, parse_manifest(manifest.read().decode("utf-8")))
+        lines = _on_disk(folder, parse_manifest(manifest.read(), folder / MANIFEST))
         _cut_off(folder, manifest, lines)
         writer = SplitWriter(folder, manifest, lines, settings["clips_per_shard"])
         on_error.pop_all()
@@ -160,7 +174,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
             _write(file, json.dumps(settings, indent=1).encode() + b"\n")
         temporary.replace(path)
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = read_json(path.read_bytes(), path, "copy it again, or remove the folder and prepare the split anew")
     wanted = json.loads(json.dumps(settings))
     if begun != wanted:
         keys = [key for key in wanted.keys() | begun.keys() if begun.get(key) != wanted.get(key)]
@@ -215,17 +229,35 @@ def _member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + padding
 
 
-def read_samples(stream: BinaryIO) -> Iterator[Sample]:
-    """Clips of a shard, or of the stretch of one that holds whole clips, read from front to back."""
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-        captions: tuple[str, ...] = ()
-        for member in tar:
-            clip_id, _, kind = member.name.rpartition(".")
-            file = tar.extractfile(member)
-            assert file is not None, member.name
-            if kind == "json":
-                captions = tuple(json.loads(file.read())["captions"])
-            else:
-                tensors = safetensors.load(file.read())
-                visual = tensors["visual"].to(torch.float32)
-                yield Sample(clip_id, tensors["waveform"], visual, captions)
+def checksum(members: bytes) -> str:
+    """Of a clip's two members, as the manifest has it."""
+    return f"{zlib.crc32(members):08x}"
+
+
+def read_clip(members: bytes, line: Line, location: str) -> Sample:
+    """The clip of a manifest's line from the bytes that lie where the line says, in the split at `location`.
+
+    Raises:
+        ValueError: they are not those that were written, or of another clip; the message names the shard and the clip.
+    """
+    if line.crc32 and checksum(members) != line.crc32:
+        raise _damaged(line, location, f"its checksum is {checksum(members)} and must be {line.crc32}")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(members), mode="r:") as tar:
+            content = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        expected = [f"{line.clip_id}.json", f"{line.clip_id}.safetensors"]
+        if list(content) != expected:
+            raise _damaged(line, location, f"{' and '.join(content)} lie there")
+        text, tensors = (content[name] for name in expected)
+        captions, clip = tuple(json.loads(text)["captions"]), safetensors.load(tensors)
+    except (tarfile.TarError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise _damaged(line, location, str(error)) from None
+    return Sample(line.clip_id, clip["waveform"], clip["visual"].to(torch.float32), captions)
+
+
+def _damaged(line: Line, location: str, what: str) -> ValueError:
+    return ValueError(
+        f"{location}/{line.shard} is damaged: clip {line.clip_id}, {line.size} bytes from {line.offset} on, cannot be "
+        f"read ({what}): copy the shard again from where it was prepared, or remove it there and run the same "
+        "'lavcap prepare' again"
+    )

@@ -8,11 +8,8 @@ at most, since the manifest says how many clips a shard holds. A shard that two 
 from __future__ import annotations
 
 import random
-import tarfile
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lavcap.data.dataset import read_split, split_location
 from lavcap.data.sample import Sample
-from lavcap.data.shards import read_samples
+from lavcap.data.shards import Line, read_clip
 
 T = TypeVar("T")
 
@@ -60,7 +57,7 @@ class ShardedDataset(IterableDataset[Sample]):
         self._shuffle = shuffle
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # set_epoch reaches workers that live on
         self.settings, lines = read_split(self.location)
-        self._shards = sorted(Counter(line.shard for line in lines).items())
+        self._shards = [list(clips) for _, clips in groupby(lines, key=lambda line: line.shard)]
         self.total_clips = len(lines)
 
     @property
@@ -85,27 +82,27 @@ class ShardedDataset(IterableDataset[Sample]):
         clips = self._read(shards, first + begin, first + end)
         return _shuffled(clips, self._buffer, random.Random(f"{order} {first + begin}"))
 
-    def _read(self, shards: list[tuple[str, int]], begin: int, end: int) -> Iterator[Sample]:
+    def _read(self, shards: list[list[Line]], begin: int, end: int) -> Iterator[Sample]:
         """Clips `begin` to `end` of the sequence that the shards form."""
         position = 0
-        for shard, count in shards:
-            skipped, wanted = max(0, begin - position), min(count, end - position)
+        for lines in shards:
+            skipped, wanted = max(0, begin - position), min(len(lines), end - position)
             if skipped < wanted:
-                yield from self._read_shard(shard, skipped, wanted)
-            position += count
+                yield from self._read_shard(lines, skipped, wanted)
+            position += len(lines)
 
-    def _read_shard(self, shard: str, skipped: int, wanted: int) -> Iterator[Sample]:
-        found = 0
-        # A member that is cut off is told of below.
-        with fsspec.open(f"{self.location}/{shard}", "rb") as stream, suppress(tarfile.ReadError):
-            for sample in islice(read_samples(stream), skipped, wanted):
-                found += 1
-                yield sample
-        if found < wanted - skipped:
-            raise ValueError(
-                f"{self.location}/{shard} ends after {skipped + found} clips, and the manifest says that it holds "
-                "more: copy it again"
-            )
+    def _read_shard(self, lines: list[Line], skipped: int, wanted: int) -> Iterator[Sample]:
+        """From front to back, which also a stream without positions can be."""
+        shard = f"{self.location}/{lines[0].shard}"
+        with fsspec.open(shard, "rb") as stream:
+            for found, line in enumerate(lines[:wanted]):
+                members = stream.read(line.size)
+                if len(members) < line.size:
+                    raise ValueError(
+                        f"{shard} ends after {found} clips, and the manifest says that it holds more: copy it again"
+                    )
+                if found >= skipped:
+                    yield read_clip(members, line, self.location)
 
 
 def _stretch(total: int, part: int, parts: int) -> tuple[int, int]:

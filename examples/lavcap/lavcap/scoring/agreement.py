@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lavcap.data.captions import is_selected, read_captions, read_ids
+from lavcap.files import write_whole
 from lavcap.scoring.conditions import conditions
 from lavcap.scoring.metrics import MeteorScorer, Scores, score_tokens
 from lavcap.scoring.tokens import tokenise
@@ -63,8 +64,7 @@ def main() -> None:
     ids = None if args.ids is None else read_ids(args.ids)
     figures = human_agreement(read_captions(args.captions), ids)
     result = {"captions": args.captions.name, "figures": figures, "conditions": conditions()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(args.out, json.dumps(result, indent=1) + "\n")
     for name, scores in figures.items():
         line = ", ".join(f"{metric} {score:.4f}" for metric, score in scores.items() if metric != "clips")
         print(f"{name}, {scores['clips']} clips: {line}")

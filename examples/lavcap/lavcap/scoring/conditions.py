@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-from lavcap.scoring.spice import java_version
+from lavcap.scoring.java import java_version
 
 
 def conditions() -> dict[str, str]:

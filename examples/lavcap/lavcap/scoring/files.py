@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lavcap.data.captions import is_selected, read_captions
+from lavcap.files import read_table, write_whole
 from lavcap.scoring.metrics import Metric
 
 
@@ -17,16 +17,14 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     """Clip ids and captions of a CSV file with ``clip_id,caption`` or AudioCaps' ``youtube_id,start_time,caption``.
 
     Raises:
-        ValueError: other columns; the message names those that are there.
+        ValueError: no table (:func:`lavcap.files.read_table`), or other columns; the message names those there are.
         FileNotFoundError: no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no caption file {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if {"clip_id", "caption"} <= set(columns):
-            return [((row["clip_id"] or "").strip(), row["caption"] or "") for row in reader]
+    columns, rows = read_table(path)
+    if {"clip_id", "caption"} <= set(columns):
+        return [(row.fields["clip_id"].strip(), row.fields["caption"]) for row in rows]
     if {"youtube_id", "start_time", "caption"} <= set(columns):
         return [(clip_id, text) for clip_id, texts in read_captions(path).items() for text in texts or ("",)]
     raise ValueError(f"{path} has the columns {columns}; it must have clip_id,caption or youtube_id,start_time,caption")
@@ -82,11 +80,3 @@ def write_captions(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_whole(path, text.getvalue())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file has all of `text`, or is as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,18 +7,23 @@ score any resample without scoring captions again. Clips are in the order of the
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.meteor.meteor import METEOR_JAR, Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
+from lavcap.scoring.java import find_java, java_environment, plain_path
 from lavcap.scoring.spice import spice_per_clip, why_no_spice
-from lavcap.scoring.tokens import find_java, tokenise
+from lavcap.scoring.tokens import tokenise
 
 Tokens = Mapping[str, Sequence[str]]  # of each clip: tokenised captions
 
@@ -109,8 +114,14 @@ class MeteorScorer(Meteor):
     """pycocoevalcap's METEOR, which keeps each clip's counts: for resamples, and not to align a pair twice."""
 
     def __init__(self) -> None:
-        find_java()
-        super().__init__()
+        """Pycocoevalcap's would start Java with the user's locale, beside itself."""
+        java = find_java()
+        self._stack = ExitStack()
+        jar = self._stack.enter_context(plain_path(Path(inspect.getfile(Meteor)).with_name(METEOR_JAR)))
+        command = [java, "-jar", "-Xmx2G", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+        pipe = subprocess.PIPE
+        self.meteor_p: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=java_environment())
+        self.lock = threading.Lock()
         self._known: dict[tuple[str, ...], str] = {}
 
     def __enter__(self) -> MeteorScorer:
@@ -123,6 +134,7 @@ class MeteorScorer(Meteor):
         self.meteor_p.wait()
         self.meteor_p.stdout.close()
         self.meteor_p.stderr.close()
+        self._stack.close()
 
     def __del__(self) -> None:
         """Nothing: pycocoevalcap's would wait for ever for a lock that an error inside it leaves taken."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavcap.files import write_whole
 from lavcap.scoring.bootstrap import intervals
 from lavcap.scoring.conditions import conditions
-from lavcap.scoring.files import write_whole
 from lavcap.scoring.metrics import Scores, score_captions
 
 CONFIDENCE = 0.95

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pycocoevalcap
+
+from lavcap.scoring.java import java_locale, java_version
 
 CORENLP = "stanford-corenlp-3.6.0"
 JARS = (f"{CORENLP}.jar", f"{CORENLP}-models.jar")
@@ -31,21 +30,12 @@ def why_no_spice() -> str | None:
     return None
 
 
-def java_version() -> int | None:
-    """The feature release of ``java`` (8, 11, 17, ...), None where there is none."""
-    java = shutil.which("java")
-    if java is None:
-        return None
-    text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r'version "(?:1\.)?(\d+)', text)
-    return int(found.group(1)) if found else None
-
-
 def spice_per_clip(hypotheses: Mapping[str, Sequence[str]], truths: Mapping[str, Sequence[str]]) -> np.ndarray:
     """F-scores [n] in the order of `truths`."""
     from pycocoevalcap.spice.spice import Spice  # it asks for its models when it is made
 
-    _, results = Spice().compute_score(dict(truths), dict(hypotheses))
+    with java_locale():
+        _, results = Spice().compute_score(dict(truths), dict(hypotheses))
     by_id = dict(zip(sorted(truths), results))  # it sorts the ids
     return np.array([by_id[clip_id]["All"]["f"] for clip_id in truths], dtype=np.float64)
 

@@ -6,25 +6,13 @@ captions to the wrong clips, without a word, when one of them holds a character 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-JAVA_MISSING = (
-    "the tokeniser and METEOR need Java, and no 'java' is on the PATH: install one, for instance with "
-    "'apt-get install default-jre-headless' (Debian, Ubuntu) or 'conda install openjdk'"
-)
-
-
-def find_java() -> str:
-    """Path of ``java``; ``ValueError`` that says what to install where there is none."""
-    java = shutil.which("java")
-    if java is None:
-        raise ValueError(JAVA_MISSING)
-    return java
+from lavcap.scoring.java import find_java, java_environment
 
 
 def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -36,9 +24,9 @@ def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 def _tokenise_lines(lines: list[str]) -> list[str]:
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+    command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, env=java_environment())
     tokenised = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(tokenised) != len(lines):
         raise RuntimeError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lavcap.files import write_whole
 from lavcap.study.conditions import Condition, everything
 from lavcap.study.plots import write_plots
 from lavcap.study.sample import SHOWN, write_sample
@@ -46,7 +47,7 @@ def main() -> None:
 def publish(results: Path, page: Path) -> None:
     """Tables into the page, pictures into ``images/`` beside it; the one of a clip trains two captioners."""
     runs = read_runs(results)
-    page.write_text(fill_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    write_whole(page, fill_page(page.read_text(encoding="utf-8"), runs))
     write_plots(runs, page.parent / "images")
     write_sample(page.parent / "images" / "study-sample.svg", [trained(condition) for condition in SHOWN])
 

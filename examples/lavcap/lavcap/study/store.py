@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from lavcap.files import write_whole
 
 Runs = dict[str, dict[str, Any]]  # by lavcap.study.conditions.Condition.key
 
@@ -18,7 +19,4 @@ def read_runs(path: Path) -> Runs:
 def write_runs(path: Path, runs: Runs, conditions: dict[str, Any]) -> None:
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in runs.items())
     text = f'{{"conditions": {json.dumps(conditions)},\n "runs": {{\n{lines}\n }}}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, text)
