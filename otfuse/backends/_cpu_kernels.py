@@ -684,12 +684,34 @@ def _lane_errors(u, rows, a, error):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _inverse_norms(tokens, out):
-    """1 / |token|; a zero token gets a finite number, so that its similarities are zero."""
+    """1 / |token|, and whether all squares and products are well inside the range of numbers.
+
+    A zero token is, and gets a finite number, so that its similarities are zero.
+    """
+    limits, inside = np.finfo(tokens.dtype), True
+    least = limits.tiny / limits.eps / limits.eps
     for i in range(tokens.shape[0]):
         total = tokens.dtype.type(0)
         for k in range(tokens.shape[1]):
             total += tokens[i, k] * tokens[i, k]
-        out[i] = 1 / max(math.sqrt(total), math.sqrt(np.finfo(tokens.dtype).tiny))
+        out[i] = 1 / max(math.sqrt(total), math.sqrt(limits.tiny))
+        if not least <= total <= 1 / least:
+            for k in range(tokens.shape[1]):
+                inside = inside and tokens[i, k] == 0
+    return inside
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _over_largest(tokens):
+    """Tokens over the size of their largest entry, which leaves a cosine as it is."""
+    scaled = np.empty_like(tokens)
+    for i in range(tokens.shape[0]):
+        largest = tokens.dtype.type(0)
+        for k in range(tokens.shape[1]):
+            largest = max(largest, abs(tokens[i, k]))
+        for k in range(tokens.shape[1]):
+            scaled[i, k] = tokens[i, k] / largest if largest != 0 else tokens[i, k]
+    return scaled
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -724,10 +746,15 @@ def _products(x, y, S):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _over_norms(x, y, S):
+def _cosines(x, y, multiplied, S):
+    """S = x yᵀ over the norms, from the products where S holds these already and they can be trusted."""
     scale_x, scale_y = np.empty(S.shape[0], S.dtype), np.empty(S.shape[1], S.dtype)
-    _inverse_norms(x, scale_x)
-    _inverse_norms(y, scale_y)
+    if not (_inverse_norms(x, scale_x) and _inverse_norms(y, scale_y)):
+        x, y, multiplied = _over_largest(x), _over_largest(y), False
+        _inverse_norms(x, scale_x)
+        _inverse_norms(y, scale_y)
+    if not multiplied:
+        _products(x, y, S)
     for i in range(S.shape[0]):
         for j in range(S.shape[1]):
             S[i, j] *= scale_x[i] * scale_y[j]
@@ -744,10 +771,10 @@ def attend_items(
     outputs = _outputs(like, shape, kept, addresses)
     K, columns_outer = _kernel_scratch(N, M, S)
     for item in range(first, last):
-        if not multiplied:
-            _products(x[item], y[item], S[item])
         if cosine:
-            _over_norms(x[item], y[item], S[item])
+            _cosines(x[item], y[item], multiplied, S[item])
+        elif not multiplied:
+            _products(x[item], y[item], S[item])
         _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs)
 
 
