@@ -90,7 +90,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           restore_folds(s, p, history, item, t);
           fill(s, p, r, values, item, always);
         }
-        refill = folded;  // the round before had another K
+        refill = folded || form == 1;  // the round before had another K
         if (folded) fold -= form;
         if (t == rounds - 1) {
           weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
@@ -114,19 +114,20 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           local[d.wu + k] = v_f32_mul_b(share, u);
           local[d.du + k] = 0.0f;
         }
-        if (form > 0 && t == 0) {  // its rows met K with nothing folded into the columns
+        if (form == 1 || (form > 0 && t == 0)) {  // its rows met K with what was folded into the columns before
           const int nothing = d.du, none = d.dv;
           clear(none, s.column_blocks);
           subtract_terms(s, q, l, p.u, d.wv, nothing, none);
-          clear(p.log_v, s.column_blocks);
+          clear(p.log_v, s.column_blocks);  // at first there was nothing
+          if (t > 0) restore_folded_columns(s, history, item, t - 1, p.log_v);
           fill(s, p, r, values, item, always);
           subtract_terms(s, q, l, nothing, none, d.wu, before);
         } else {
           subtract_terms(s, q, l, p.u, d.wv, d.wu, before);
-          for (int k = 0; k < s.column_blocks; k++) {
-            const float64 sums = v_f32_mul_b(times_rows(s, k, d.wu), l.back);
-            local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], sums);
-          }
+        }
+        for (int k = 0; k < s.column_blocks; k++) {
+          const float64 sums = v_f32_mul_b(times_rows(s, k, d.wu), l.back);
+          local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], sums);
         }
       }
       store_slice(s, q, r, scale, grad_values, item);
