@@ -1093,7 +1093,9 @@ def _centred_solve(plan, rows, columns, right):
     for j in range(M):
         direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
     product = np.dot(residual, direction)
-    enough = product * min(1e-20, np.finfo(plan.dtype).eps ** 2)
+    # The largest entry counts for no more than the others: where the smallest weight is divided by, it is 1e30 times these.
+    _, low, high, _ = _weight_range(columns)
+    enough = product * (low / high) * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):
         if not product > enough:
             break
