@@ -17,6 +17,9 @@ from torch import Tensor
 
 from otfuse.problem import Problem
 
+# Of an item's largest weight: what a live one is at least. The iterations divide by a weight, and multiply by it again.
+LEAST = 1e-30
+
 
 class Marginals(NamedTuple):
     """Weights that sum to one per item; zero means padding. An item without mass is zero on both sides."""
@@ -62,13 +65,24 @@ def _normalised(weights: Tensor | None, shape: tuple[int, int], problem: Problem
             torch.full(shape, 1 / shape[1], dtype=dtype, device=device),
             torch.ones(shape[0], 1, dtype=torch.bool, device=device),
         )
-    weights = weights.to(dtype)
-    weights = torch.where(weights == 0, 0, weights)
-    # There is no transport with negative weights, and no exception without reading the values.
-    weights = torch.where(weights < 0, torch.nan, weights)
+    weights = (weights if weights.dtype == torch.bool else over_largest(weights)).to(dtype)
     total = weights.sum(-1, keepdim=True)  # [B, 1]
     has_mass = total != 0
     return weights / torch.where(has_mass, total, 1), has_mass
+
+
+def over_largest(weights: Tensor) -> Tensor:
+    """Weights [B, N] over the largest of their item, in their own precision, those that are not zero at least LEAST.
+
+    So no sum overflows, and no product of a weight's and its inverse. A constant of the item goes out again by the sum:
+    it has no gradient, and a weight that is raised has none either.
+    """
+    weights = solve_precision(weights)
+    # There is no transport with negative weights, and no exception without reading the values.
+    weights = torch.where(weights < 0, torch.nan, weights)
+    largest = weights.detach().amax(-1, keepdim=True)  # [B, 1]
+    scaled = weights / torch.where(largest == 0, 1, largest)
+    return torch.where(weights == 0, 0, torch.where(scaled < LEAST, LEAST, scaled))
 
 
 def without_padding(tokens: Tensor, weights: Tensor, masked: bool) -> Tensor:
@@ -78,11 +92,24 @@ def without_padding(tokens: Tensor, weights: Tensor, masked: bool) -> Tensor:
 
 def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
     """[B, N, M]. The norms divide the products, not the tokens: one pass less over the features."""
-    # With the longer side inside, a CPU's batched product took two thirds of the time (64 x 20 x 768).
-    products = torch.bmm(x, y.mT) if x.shape[1] <= y.shape[1] else torch.bmm(y, x.mT).mT  # [B, N, M]
     if kind == "dot":
-        return products
-    return products * inverse_norm(x)[:, :, None] * inverse_norm(y)[:, None, :]
+        return _products(x, y)
+    x, y = x / largest_entry(x), y / largest_entry(y)
+    return _products(x, y) * inverse_norm(x)[:, :, None] * inverse_norm(y)[:, None, :]
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    # With the longer side inside, a CPU's batched product took two thirds of the time (64 x 20 x 768).
+    return torch.bmm(x, y.mT) if x.shape[1] <= y.shape[1] else torch.bmm(y, x.mT).mT  # [B, N, M]
+
+
+def largest_entry(tokens: Tensor) -> Tensor:
+    """[B, N, 1], the size of each token's largest entry, one for a zero token; a constant.
+
+    A cosine does not depend on lengths, but the squares and products it is made of leave float32 at 1e-19 and 1e19.
+    """
+    largest = torch.linalg.vector_norm(tokens.detach(), torch.inf, dim=-1, keepdim=True)
+    return torch.where(largest == 0, 1, largest)
 
 
 def inverse_norm(tokens: Tensor) -> Tensor:
@@ -95,13 +122,14 @@ def similarity_gradient(grad: Tensor, similarity: Tensor, x: Tensor, y: Tensor, 
     """What ``similarity`` sends back to x and y, written out for ops that compute it themselves."""
     if kind == "dot":
         return torch.bmm(grad, y), torch.bmm(grad.mT, x)
-    norm_x, norm_y = inverse_norm(x)[:, :, None], inverse_norm(y)[:, :, None]  # [B, N, 1], [B, M, 1]
+    size_x, size_y = largest_entry(x), largest_entry(y)  # [B, N, 1], [B, M, 1]
+    x, y = x / size_x, y / size_y
+    norm_x, norm_y = inverse_norm(x)[:, :, None], inverse_norm(y)[:, :, None]
     products = grad * norm_x * norm_y.mT
     weighed = grad * similarity
-    return (
-        torch.bmm(products, y) - x * norm_x**2 * weighed.sum(2, keepdim=True),
-        torch.bmm(products.mT, x) - y * norm_y**2 * weighed.sum(1, keepdim=True).mT,
-    )
+    own_x = norm_x**2 * weighed.sum(2, keepdim=True) / size_x
+    own_y = norm_y**2 * weighed.sum(1, keepdim=True).mT / size_y
+    return torch.bmm(products / size_x, y) - x * own_x, torch.bmm(products.mT / size_y, x) - y * own_y
 
 
 def attend(

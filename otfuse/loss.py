@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otfuse.attention import full_precision, solve_precision
 from otfuse.backends import triton_loss
-from otfuse.problem import check_choice, check_pair, check_positive, check_tensor, check_weights
+from otfuse.problem import check_choice, check_divisor, check_pair, check_tensor, check_weights
 
 ASSIGNMENTS = ("plan", "log_plan", "barycentric")
 CONTRASTS = ("similarity", "assignment")
@@ -69,7 +69,8 @@ def ot_alignment_loss(
             f"plan and similarity must have one shape [B, N, M]; got {list(plan.shape)} and {list(similarity.shape)}"
         )
     check_pair(plan, similarity, (), ("plan", "similarity"))
-    check_positive("temperature", temperature)
+    way_out = "multiply temperature and the similarity by one number: the loss stays"
+    check_divisor("temperature", temperature, plan.dtype, way_out)
     check_choice("assignment", assignment, ASSIGNMENTS)
     check_choice("contrast", contrast, CONTRASTS)
     check_choice("reduction", reduction, REDUCTIONS)

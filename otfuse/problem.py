@@ -43,6 +43,11 @@ class SinkhornAttendOutput(NamedTuple):
     num_iters: Tensor  # [B], int32, rounds that were run
 
 
+def solve_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """A batch of transport problems whose arguments have been checked.
@@ -81,7 +86,7 @@ class Problem:
     @property
     def solve_dtype(self) -> torch.dtype:
         """float64 for float64 input, float32 for everything else."""
-        return torch.float64 if self.values.dtype == torch.float64 else torch.float32
+        return solve_dtype(self.values.dtype)
 
     @property
     def similarity_bound(self) -> float | None:
@@ -131,7 +136,7 @@ def token_problem(
     check_choice("weights", weights, WEIGHTS)
     check_weights("a", a, tuple(x.shape[:2]), "[B, N]", x)
     check_weights("b", b, tuple(y.shape[:2]), "[B, M]", x)
-    check_solver(epsilon, num_iters, tol, grad)
+    check_solver(epsilon, num_iters, tol, grad, x.dtype)
     return Problem(x, y, None, a, b, epsilon, num_iters, tol, grad, similarity, weights, return_plan)
 
 
@@ -149,7 +154,7 @@ def cost_problem(
     B, N, M = cost.shape
     check_weights("a", a, (B, N), "[B, N]", cost)
     check_weights("b", b, (B, M), "[B, M]", cost)
-    check_solver(epsilon, num_iters, tol, grad)
+    check_solver(epsilon, num_iters, tol, grad, cost.dtype)
     return Problem(None, None, cost, a, b, epsilon, num_iters, tol, grad)
 
 
@@ -214,8 +219,10 @@ def check_weights(name: str, value: object, shape: tuple[int, ...], letters: str
         )
 
 
-def check_solver(epsilon: object, num_iters: object, tol: object, grad: object) -> None:
-    check_positive("epsilon", epsilon)
+def check_solver(epsilon: object, num_iters: object, tol: object, grad: object, dtype: torch.dtype) -> None:
+    check_divisor(
+        "epsilon", epsilon, dtype, "multiply epsilon and the cost (or similarity) by one number: the plan stays"
+    )
     if isinstance(num_iters, bool) or not isinstance(num_iters, int):
         raise TypeError(f"num_iters must be an int >= 1; got {num_iters!r}{_convert('int', 'num_iters', num_iters)}")
     if num_iters < 1:
@@ -232,6 +239,19 @@ def check_positive(name: str, value: object, otherwise: str = "") -> None:
         raise TypeError(f"{name} must be a number > 0{otherwise}; got {type(value).__name__}{way_out}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0{otherwise}; got {value}")
+
+
+def check_divisor(name: str, value: object, dtype: torch.dtype, way_out: str) -> None:
+    """A Python number above zero, itself and its inverse normal numbers of the dtype in which ``dtype`` is solved."""
+    check_positive(name, value)
+    assert isinstance(value, (int, float))
+    solved = solve_dtype(dtype)
+    tiny = torch.finfo(solved).tiny
+    if not tiny <= value <= 1 / tiny:
+        raise ValueError(
+            f"{name} must be between {tiny:.3g} and {1 / tiny:.3g} in a solve in {dtype_name(solved)}; got {value}; "
+            f"{way_out}"
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -91,7 +91,7 @@ def sinkhorn_attend_varlen(
     check_weights("b", b, tuple(y.shape[:1]), "[T_y]", x)
     check_choice("similarity", similarity, SIMILARITIES)
     check_choice("weights", weights, WEIGHTS)
-    check_solver(epsilon, num_iters, tol, grad)
+    check_solver(epsilon, num_iters, tol, grad, x.dtype)
     problem = VarlenProblem(
         x, y, None, a, b, epsilon, num_iters, tol, grad, similarity, weights, return_plan,
         cu_seqlens_x=cu_seqlens_x, cu_seqlens_y=cu_seqlens_y, max_seqlen_x=max_seqlen_x, max_seqlen_y=max_seqlen_y,

@@ -67,6 +67,8 @@ TOKENS = [
     ("y", ones(2, 4, 8, device="meta"), ValueError,
      "x and y must be on one device; got 'cpu' and 'meta'; pass y.to(x.device)"),
 ]
+NORMAL = "must be between 1.18e-38 and 8.51e+37 in a solve in float32"
+SCALED = "and the cost (or similarity) by one number"
 COST = [
     ("cost", 3, TypeError, "cost must be a torch.Tensor of shape [B, N, M]; got int"),
     ("cost", ones(3, 4), ValueError, "cost must have shape [B, N, M]; got [3, 4]; for a single item pass cost[None]"),
@@ -82,6 +84,9 @@ SOLVER = [
     ("epsilon", -0.5, ValueError, f"epsilon {NUMBER}; got -0.5"),
     ("epsilon", float("nan"), ValueError, f"epsilon {NUMBER}; got nan"),
     ("epsilon", float("inf"), ValueError, f"epsilon {NUMBER}; got inf"),
+    ("epsilon", 1e-310, ValueError, f"epsilon {NORMAL}; got 1e-310; multiply epsilon {SCALED}: the plan stays"),
+    ("epsilon", 1e-38, ValueError, f"epsilon {NORMAL}; got 1e-38; multiply epsilon {SCALED}: the plan stays"),
+    ("epsilon", 1e38, ValueError, f"epsilon {NORMAL}; got 1e+38; multiply epsilon {SCALED}: the plan stays"),
     ("epsilon", "0.1", TypeError, "epsilon must be a number > 0; got str"),
     ("epsilon", True, TypeError, "epsilon must be a number > 0; got bool"),
     ("epsilon", ones(), TypeError, "epsilon must be a number > 0; got Tensor; pass float(epsilon)"),
@@ -110,6 +115,8 @@ LOSS = [
      "plan and similarity must be on one device; got 'cpu' and 'meta'; pass similarity.to(plan.device)"),
     ("similarity", ones(2, 3, 4).long(), TypeError, f"similarity {FLOATS}; got int64; pass similarity.float()"),
     ("temperature", 0.0, ValueError, f"temperature {NUMBER}; got 0.0"),
+    ("temperature", 1e-310, ValueError, f"temperature {NORMAL}; got 1e-310; multiply temperature and the similarity by "
+     "one number: the loss stays"),
     ("temperature", ones(), TypeError, "temperature must be a number > 0; got Tensor; pass float(temperature)"),
     ("assignment", "log", ValueError,
      "assignment must be one of \"plan\", \"log_plan\", \"barycentric\"; got 'log'"),

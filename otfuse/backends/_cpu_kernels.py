@@ -391,25 +391,49 @@ def _round(K, columns_outer, a, b, u, v, next_u, sums, gathered):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _drift(w, live, limit):
-    """How far live scalings are from one: 0 within e^limit, 1 beyond it, 2 beyond what can be trusted."""
+def _drift(w, root, limit):
+    """How far live scalings are from their roots: 0 within e^limit, 1 beyond it, 2 beyond what can be trusted."""
     low, high = math.exp(-limit), math.exp(limit)
     worst = 0
-    for i in range(live.shape[0]):
-        if live[i] != 0 and not low <= w[i] <= high:
-            if not low**2.5 <= w[i] <= high**2.5:
-                return 2
-            worst = 1
+    for i in range(root.shape[0]):
+        if root[i] != 0:
+            drift = float(w[i]) / root[i]
+            if not low <= drift <= high:
+                if not low**2.5 <= drift <= high**2.5:
+                    return 2
+                worst = 1
     return worst
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _absorb(w, live, log_w):
-    """Fold live scalings into their logarithms, leaving ones."""
+def _hold(sums, live):
+    """Whether live sums are so far above the smallest normal number that what is lost below it does not count."""
+    limits = np.finfo(sums.dtype)
+    least = limits.tiny / limits.eps / limits.eps
     for i in range(live.shape[0]):
-        if live[i] != 0:
-            log_w[i] += math.log(w[i])
-            w[i] = 1
+        if live[i] != 0 and not sums[i] >= least:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _absorb(w, root, log_w):
+    """Fold live scalings into their logarithms, leaving the roots of the weights.
+
+    So the entries of K that count for their row or column are above the smaller weight's root, and its sums near the
+    roots: far from where float32 ends, with weights of 1e-30 on both sides.
+    """
+    for i in range(root.shape[0]):
+        if root[i] != 0:
+            log_w[i] += math.log(float(w[i]) / root[i])
+            w[i] = root[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _start_absorbed(live, root, w, log_w):
+    """The scalings whose full logarithms are given."""
+    _ones_where(live, w)
+    _absorb(w, root, log_w)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -443,15 +467,17 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
     next_u, previous_v = u.copy(), v.copy()
     log_u, log_v = np.zeros(N), np.zeros(M)  # what is folded into K
     limit = 20.0 if S.itemsize == 4 else 150.0
+    root_a, root_b = np.sqrt(a), np.sqrt(b)
 
     rows = gathered if columns_outer else sums  # K v
     done, error = 0, np.inf
-    _ones_where(b, v)
     if form == SCALING:
+        _ones_where(b, v)
         log_u[:] = -shift * scale
     else:
         _log_round(S, a, b, scale, log_v, log_u, stop)
-        _ones_where(a, u)
+        _start_absorbed(a, root_a, u, log_u)
+        _start_absorbed(b, root_b, v, log_v)
         done = 1
         if u_history.shape[0] > 0:
             _record(u_history[0], form, u, a, log_u)
@@ -462,19 +488,23 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
         error = _row_error(u, rows, a)
 
     while done < num_iters and not error < tol and not _stopped(stop):
+        holds = form == SCALING or (_hold(rows, a) and (columns_outer or _hold(gathered, b)))
         if form == ABSORBED:
             previous_v[:] = v
-        _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
+        if holds:
+            _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
         if form == ABSORBED:
-            drift = max(_drift(u, a, limit), _drift(v, b, limit))
+            drift = 2
+            if holds and (not columns_outer or _hold(sums, b)):
+                drift = max(_drift(u, root_a, limit), _drift(v, root_b, limit))
             if drift == 1:
-                _absorb(u, a, log_u)
-                _absorb(v, b, log_v)
+                _absorb(u, root_a, log_u)
+                _absorb(v, root_b, log_v)
             elif drift == 2:
-                _absorb(previous_v, b, log_v)
+                _record(log_v, form, previous_v, b, log_v)
                 _log_round(S, a, b, scale, log_v, log_u, stop)
-                _ones_where(a, u)
-                _ones_where(b, v)
+                _start_absorbed(a, root_a, u, log_u)
+                _start_absorbed(b, root_b, v, log_v)
             if drift > 0:
                 _fill(K, columns_outer, plan, S, a, b, dense, form, shift, scale, log_u, log_v)
                 _start(K, columns_outer, a, b, u, v, next_u, sums, gathered)
@@ -680,12 +710,34 @@ def _lane_errors(u, rows, a, error):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _inverse_norms(tokens, out):
-    """1 / |token|; a zero token gets a finite number, so that its similarities are zero."""
+    """1 / |token|, and whether all squares and products are well inside the range of numbers.
+
+    A zero token is, and gets a finite number, so that its similarities are zero.
+    """
+    limits, inside = np.finfo(tokens.dtype), True
+    least = limits.tiny / limits.eps / limits.eps
     for i in range(tokens.shape[0]):
         total = tokens.dtype.type(0)
         for k in range(tokens.shape[1]):
             total += tokens[i, k] * tokens[i, k]
-        out[i] = 1 / max(math.sqrt(total), math.sqrt(np.finfo(tokens.dtype).tiny))
+        out[i] = 1 / max(math.sqrt(total), math.sqrt(limits.tiny))
+        if not least <= total <= 1 / least:
+            for k in range(tokens.shape[1]):
+                inside = inside and tokens[i, k] == 0
+    return inside
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _over_largest(tokens):
+    """Tokens over the size of their largest entry, which leaves a cosine as it is."""
+    scaled = np.empty_like(tokens)
+    for i in range(tokens.shape[0]):
+        largest = tokens.dtype.type(0)
+        for k in range(tokens.shape[1]):
+            largest = max(largest, abs(tokens[i, k]))
+        for k in range(tokens.shape[1]):
+            scaled[i, k] = tokens[i, k] / largest if largest != 0 else tokens[i, k]
+    return scaled
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -720,10 +772,15 @@ def _products(x, y, S):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _over_norms(x, y, S):
+def _cosines(x, y, multiplied, S):
+    """S = x yᵀ over the norms, from the products where S holds these already and they can be trusted."""
     scale_x, scale_y = np.empty(S.shape[0], S.dtype), np.empty(S.shape[1], S.dtype)
-    _inverse_norms(x, scale_x)
-    _inverse_norms(y, scale_y)
+    if not (_inverse_norms(x, scale_x) and _inverse_norms(y, scale_y)):
+        x, y, multiplied = _over_largest(x), _over_largest(y), False
+        _inverse_norms(x, scale_x)
+        _inverse_norms(y, scale_y)
+    if not multiplied:
+        _products(x, y, S)
     for i in range(S.shape[0]):
         for j in range(S.shape[1]):
             S[i, j] *= scale_x[i] * scale_y[j]
@@ -742,10 +799,10 @@ def attend_items(
     for item in range(first, last):
         if _stopped(stop):
             return
-        if not multiplied:
-            _products(x[item], y[item], S[item])
         if cosine:
-            _over_norms(x[item], y[item], S[item])
+            _cosines(x[item], y[item], multiplied, S[item])
+        elif not multiplied:
+            _products(x[item], y[item], S[item])
         _solve_into(item, S[item], a[item], b[item], scale, num_iters, tol, K, columns_outer, outputs, stop)
 
 
@@ -836,7 +893,7 @@ def _unroll_rows_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a, gr
         _weighted(v_history[t], dv, b, wv)
         _weighted(u, du, a, offset)
         for i in range(N):
-            slope[i] = -u[i] * u[i] / a[i] if a[i] != 0 else 0.0
+            slope[i] = -u[i] * (u[i] / a[i]) if a[i] != 0 else 0.0
         pass_affine(K, wv, offset, slope, wu, gathered)
         for i in range(N):
             grad_a[i] += wu[i] / u[i] if a[i] != 0 else 0.0
@@ -875,7 +932,7 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
             v_before[:M] = v_history[t - 1]
             offset[:] = 0
             for j in range(M):
-                slope[j] = -v_before[j] * v_before[j] / b[j] if b[j] != 0 else 0.0
+                slope[j] = -v_before[j] * (v_before[j] / b[j]) if b[j] != 0 else 0.0
             pass_affine(K, wu, offset, slope, outer_terms[2 * t - 2], gathered)
         else:
             _ones_where(b, v_before)
@@ -883,11 +940,18 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _near(log_w, folded, live, limit):
-    for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
-        if live[i] != 0 and not abs(log_w[i] - folded[i]) <= limit:
+def _near(log_w, folded, root, limit):
+    for i in range(root.shape[0]):  # noqa: SIM110  numba has no all()
+        if root[i] != 0 and not abs(log_w[i] - folded[i] - math.log(root[i])) <= limit:
             return False
     return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _without_roots(log_w, root, out):
+    """What to fold for scalings to be the roots of the weights."""
+    for i in range(root.shape[0]):
+        out[i] = log_w[i] - math.log(root[i]) if root[i] != 0 else 0.0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -910,18 +974,20 @@ def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, gr
     starts = np.zeros(2 * rounds + 1, np.int64)  # the first term of each fold
     gathered, none = np.zeros(M, K.dtype), np.zeros(N, K.dtype)
     sums, slope = np.zeros(N, K.dtype), np.ones(N, K.dtype)
-    before = np.zeros(M)
+    before, root_a, root_b = np.zeros(M), np.sqrt(a), np.sqrt(b)
     count, folds = 0, 0
     for t in range(rounds - 1, -1, -1):
         if _stopped(stop):
             break
         log_u, log_v = u_history[t], v_history[t]
         if folds == 0 or not (
-            _near(log_u, folds_u[folds - 1], a, limit) and _near(log_v, folds_v[folds - 1], b, limit)
+            _near(log_u, folds_u[folds - 1], root_a, limit) and _near(log_v, folds_v[folds - 1], root_b, limit)
         ):
-            folds_u[folds], folds_v[folds], starts[folds] = log_u, log_v, count
+            _without_roots(log_u, root_a, folds_u[folds])
+            _without_roots(log_v, root_b, folds_v[folds])
+            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, folds_u[folds], folds_v[folds])
+            starts[folds] = count
             folds += 1
-            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, log_v)
         u, wv = outer_terms[count], inner_terms[count]
         _relative(log_u, folds_u[folds - 1], a, u)
         _relative(log_v, folds_v[folds - 1], b, gathered)
@@ -934,10 +1000,12 @@ def _unroll_absorbed(K, S, a, b, scale, u_history, v_history, rounds, du, dv, gr
         for j in range(M):
             grad_b[j] += dv[j] / b[j] if b[j] != 0 else 0.0
             before[j] = v_history[t - 1, j] if t > 0 else 0.0
-        if not _near(before, folds_v[folds - 1], b, limit):
-            folds_u[folds], folds_v[folds], starts[folds] = log_u, before, count
+        if not _near(before, folds_v[folds - 1], root_b, limit):
+            _without_roots(log_u, root_a, folds_u[folds])
+            _without_roots(before, root_b, folds_v[folds])
+            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, folds_u[folds], folds_v[folds])
+            starts[folds] = count
             folds += 1
-            _fill(K, False, K, S, a, b, False, ABSORBED, 0.0, scale, log_u, before)
         wu, v_before = outer_terms[count], inner_terms[count]
         _relative(log_u, folds_u[folds - 1], a, sums)
         _weighted(sums, du, a, wu)
@@ -1065,7 +1133,9 @@ def _centred_solve(plan, rows, columns, right, stop):
     for j in range(M):
         direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
     product = np.dot(residual, direction)
-    enough = product * min(1e-20, np.finfo(plan.dtype).eps ** 2)
+    # The largest entry counts for no more than the others: where the smallest weight is divided by, it is 1e30 times these.
+    _, low, high, _ = _weight_range(columns)
+    enough = product * (low / high) * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):
         if not product > enough or _stopped(stop):
             break

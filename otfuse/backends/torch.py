@@ -23,9 +23,9 @@ from otfuse.registration import is_transformed
 # scalings spread as far again, and float32 ends at exp(88), float64 at exp(709).
 SCALING_RANGE = {torch.float32: 40.0, torch.float64: 300.0}
 
-# Rounds between absorptions beyond that range. A round changes a scaling by at most a factor of one over the
-# smallest weight (docs/numerics.md): with uniform weights five keep 16384 tokens well inside float32. Weights
-# that are passed may be as small as 1e-20, so they get an absorption a round, and half the range above.
+# Iterations between absorptions beyond that range. An iteration changes a scaling by at most a factor of one over the
+# smallest weight (docs/numerics.md): with uniform weights five keep 16384 tokens well inside float32. Weights that are
+# passed may be as small as 1e-30: they get half the range above, and beyond it an absorption every half iteration.
 ABSORB_EVERY = 5
 
 
@@ -43,10 +43,11 @@ class TorchBackend(Backend):
             bound = problem.similarity_bound
             return scaling(s, a, b, problem.epsilon, problem.num_iters, problem.tol, bound, uniform, p.masked)
 
+        run = without_offset(solver, p.masked) if problem.similarity_bound is None else solver
         if problem.grad == "unroll":
-            return solve(solver, similarity, p)
+            return solve(run, similarity, p)
         with torch.no_grad():  # which does not stop forward mode: hence detached as well
-            solution = solve(solver, similarity.detach(), p._replace(a=p.a.detach(), b=p.b.detach()))
+            solution = solve(run, similarity.detach(), p._replace(a=p.a.detach(), b=p.b.detach()))
         if problem.grad == "detach":
             return solution
         return attach_implicit_gradient(solution, similarity, p, problem.epsilon)
@@ -92,17 +93,17 @@ def scaling(
 ) -> Solution:
     """The same by scalings: one exponential per entry where ``bound >= |S|`` proves that safe.
 
-    Otherwise the first round is done in the log domain, and the scalings are folded into the kernel every
-    few rounds (absorption), every round unless the weights are known to be ``uniform`` (over a mask, say).
-    After the first round no row or column sum can underflow: see docs/numerics.md. Those of padding can, so
-    unless ``masked`` is False (no weight is zero) they are lifted: 0 / 0 is NaN. The folded part carries no
-    gradient; the result does not depend on it.
+    Otherwise, where the weights are known to be ``uniform`` (over a mask, say), the first iteration is done in the
+    log domain, and the scalings are folded into the kernel every few iterations (absorption): after the first no
+    row or column sum can underflow, see docs/numerics.md. With weights of any size they can, so there each half
+    iteration has a kernel of its own. Sums of padding can underflow too, so unless ``masked`` is False (no weight
+    is zero) they are lifted: 0 / 0 is NaN. The folded part carries no gradient; the result does not depend on it.
     """
-    log_kernel = similarity / epsilon  # [B, N, M]
-    safe, absorb_every = SCALING_RANGE[similarity.dtype], ABSORB_EVERY
-    if not uniform:
-        safe, absorb_every = safe / 2, 1
+    safe = SCALING_RANGE[similarity.dtype] / (1 if uniform else 2)
     one_piece = bound is not None and not isinstance(epsilon, Tensor) and 2 * bound / epsilon <= safe
+    if not (one_piece or uniform):
+        return _halves(similarity, a, b, epsilon, num_iters, tol)
+    log_kernel = similarity / epsilon  # [B, N, M]
     u, v = torch.ones_like(a), (b != 0).to(b.dtype)
     if one_piece:
         assert bound is not None
@@ -121,12 +122,12 @@ def scaling(
     padding_a, padding_b = (a == 0).to(a.dtype), (b == 0).to(b.dtype)
     kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
     for t in range(first, num_iters):
-        if not one_piece and t > first and (t - first) % absorb_every == 0:
+        if not one_piece and t > first and (t - first) % ABSORB_EVERY == 0:
             log_u0, u = _absorb(log_u0, u)
             log_v0, v = _absorb(log_v0, v)
             kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
         if tol is not None and t > 0:
-            active = active & ~((u * rows - a).detach().abs().sum(1) < tol)
+            active = active & ~(_row_error(u * rows, a) < tol)
         new_u = a / (rows + padding_a if masked else rows)
         columns = (kernel * new_u[:, :, None]).sum(1)
         new_v = b / (columns + padding_b if masked else columns)
@@ -137,12 +138,67 @@ def scaling(
         num_iters_run = num_iters_run + active
 
     plan = kernel * u[:, :, None] * v[:, None, :]
-    marginal_error = (u * rows - a).detach().abs().sum(1)
+    marginal_error = _row_error(u * rows, a)
     f, g = epsilon * (_log(u) + log_u0), epsilon * (_log(v) + log_v0)
     return Solution(plan, f, g, marginal_error, num_iters_run)
 
 
-def solve(solver: Callable[[Tensor, Tensor, Tensor], Solution], similarity: Tensor, p: Marginals) -> Solution:
+def _halves(
+    similarity: Tensor, a: Tensor, b: Tensor, epsilon: float | Tensor, num_iters: int, tol: float | Tensor | None
+) -> Solution:
+    """A kernel for each half iteration, with the other side folded in, and on its own side what made the last sums one.
+
+    Sums then are at least a weight, and at most one over a weight: numbers, also in a gradient, for weights of 1e-30.
+    """
+    log_kernel = similarity / epsilon  # [B, N, M]
+    log_a, log_b = _log(a), _log(b)  # -inf at padding, whose sums are one
+    padding_a, padding_b = (a == 0).to(a.dtype), (b == 0).to(b.dtype)
+    log_u, log_v = torch.zeros_like(a), torch.where(b == 0, -torch.inf, torch.zeros_like(b))
+    # Constants, any: their gradients go out. At first what makes the largest of a row, of a column, one.
+    shift_u = torch.where(a == 0, -torch.inf, -(log_kernel + log_v[:, None, :]).detach().amax(2))  # [B, N]
+    num_iters_run = torch.zeros_like(a[:, 0], dtype=torch.int32)  # [B]
+    active = num_iters_run == 0
+    for t in range(num_iters):
+        rows = torch.exp(log_kernel + log_v[:, None, :] + shift_u[:, :, None]).sum(2) + padding_a
+        if tol is not None and t > 0:
+            active = active & ~(_row_error(a * rows, a) < tol)
+        log_rows = rows.log() - shift_u
+        new_u = log_a - log_rows
+        if t == 0:
+            shift_v = torch.where(b == 0, -torch.inf, -(log_kernel + new_u[:, :, None]).detach().amax(1))  # [B, M]
+        columns = torch.exp(log_kernel + new_u[:, :, None] + shift_v[:, None, :]).sum(1) + padding_b
+        log_columns = columns.log() - shift_v
+        new_v = log_b - log_columns
+        if tol is not None:
+            new_u, new_v = torch.where(active[:, None], new_u, log_u), torch.where(active[:, None], new_v, log_v)
+        log_u, log_v, shift_u, shift_v = new_u, new_v, -log_rows.detach(), -log_columns.detach()
+        num_iters_run = num_iters_run + active
+
+    kernel = torch.exp(log_kernel + log_u[:, :, None] + shift_v[:, None, :])
+    plan = kernel * (b / (kernel.sum(1) + padding_b))[:, None, :]  # its columns sum to b, however log_v is rounded
+    return Solution(plan, epsilon * log_u, epsilon * log_v, _row_error(plan.sum(2), a), num_iters_run)
+
+
+Solver = Callable[[Tensor, Tensor, Tensor], Solution]  # of similarity, a and b
+
+
+def without_offset(solver: Solver, masked: bool) -> Solver:
+    """``solver`` of what the similarities are below the largest of their row: division by epsilon rounds by their size.
+
+    The difference is exact where a row's values lie within a factor of two of each other. The plan does not depend on
+    what is taken off, and f gets it back.
+    """
+
+    def solve_rest(similarity: Tensor, a: Tensor, b: Tensor) -> Solution:
+        rows = similarity.detach()
+        largest = (torch.where((b != 0)[:, None, :], rows, -torch.inf) if masked else rows).amax(2)  # [B, N]
+        solution = solver(similarity - largest[:, :, None], a, b)
+        return solution._replace(f=solution.f - largest)
+
+    return solve_rest
+
+
+def solve(solver: Solver, similarity: Tensor, p: Marginals) -> Solution:
     """``solver`` with the contract's rules for padding, for items without mass, and for NaN."""
     a, b, has_mass = p.a, p.b, None
     if p.masked:
@@ -256,6 +312,11 @@ def _absorb(log_folded: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
     value = scaling.detach()
     value = torch.where(value == 0, 1, value)
     return log_folded + value.log(), scaling / value
+
+
+def _row_error(rows: Tensor, a: Tensor) -> Tensor:
+    """[B], L1 error of a plan's row sums."""
+    return (rows - a).detach().abs().sum(1)
 
 
 def _finite(log_weights: Tensor) -> Tensor:

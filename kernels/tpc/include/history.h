@@ -20,9 +20,14 @@ static inline void restore_scalings(shape s, vectors p, tensor history, int item
   for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = v_f32_ld_tnsr_b(place(64 * k, slot, item), history);
   restore_columns(s, history, item, slot, p.v);
 }
+static inline void restore_folded_columns(shape s, tensor history, int item, int slot, int log_v) {
+  const int first = 2 * s.row_blocks + s.column_blocks;
+  for (int k = 0; k < s.column_blocks; k++)
+    local[log_v + k] = v_f32_ld_tnsr_b(place(64 * (first + k), slot, item), history);
+}
 static inline void restore_folds(shape s, vectors p, tensor history, int item, int slot) {
-  int at = 64 * (s.row_blocks + s.column_blocks);
-  for (int k = 0; k < s.row_blocks; k++, at += 64) local[p.log_u + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
-  for (int k = 0; k < s.column_blocks; k++, at += 64)
-    local[p.log_v + k] = v_f32_ld_tnsr_b(place(at, slot, item), history);
+  const int first = s.row_blocks + s.column_blocks;
+  for (int k = 0; k < s.row_blocks; k++)
+    local[p.log_u + k] = v_f32_ld_tnsr_b(place(64 * (first + k), slot, item), history);
+  restore_folded_columns(s, history, item, slot, p.log_v);
 }

@@ -28,13 +28,19 @@ static inline void fill_plan(shape s, vectors p, lifts l) {
 // The solution of (diag(c) (1 + ridge) - P' diag(1/r) P + c c') x = residual, from x = 0.
 static inline void conjugate_gradients(shape s, solve q, int rows, int outer, int steps) {
   const float64 zero = 0.0f;
-  float64 product, enough;
+  float64 product, enough, low = LEAST, high = LEAST;
   for (int k = 0; k < s.column_blocks; k++) {
+    const float64 sums = local[q.sums + k];
+    low = v_f32_max_b(low, where_positive(sums, zero - sums, (float64)LEAST));
+    high = v_f32_max_b(high, sums);
     local[q.solution + k] = zero;
     local[q.direction + k] = share_of(local[q.residual + k], local[q.sums + k]);
   }
+  const float64 spread =
+      quotient(zero - over_all_lanes(s.by, LARGEST, low), over_all_lanes(s.by, LARGEST, high));
   product = dot(s, q.residual, q.direction);
-  enough = v_f32_mul_b(product, (float64)ENOUGH);
+  // The largest entry counts for no more than the others: where the smallest weight is divided by, it is 1e30 times these.
+  enough = v_f32_mul_b(v_f32_mul_b(product, spread), (float64)ENOUGH);
   for (int step = 0; step < steps; step++) {
     for (int k = 0; k < s.row_blocks; k++)
       local[outer + k] = share_of(times_columns(s, k, q.direction), local[rows + k]);

@@ -1,7 +1,8 @@
 // What an item is before its rounds: the range of its values, its kernel matrix, and its form.
 //
 // SCALING (form 0): K = exp(scale (S - shift)), shift being the S of the largest entry, serves all rounds.
-// ABSORBED (form k): the first round is done in the log domain, and scalings are folded into K every k rounds.
+// ABSORBED (form k): the first round is done in the log domain, and scalings are folded into K every k rounds; where k
+// is one, weights may be as small as they can be, and every round is done in the log domain.
 
 // Where the vectors of an item lie in local memory: blocks of rows, blocks of columns.
 typedef struct {
@@ -151,7 +152,7 @@ static inline void fold_columns(shape s, vectors p, float64 active) {
 }
 
 // What makes the largest entry of every row, of every column, one.
-static inline void lift_rows(shape s, vectors p, range r, tensor values, int item) {
+static inline void lift_rows(shape s, vectors p, range r, tensor values, int item, float64 active) {
   for (int block = 0; block < s.row_blocks; block++) {
     float64 m0 = LEAST, m1 = LEAST, m2 = LEAST, m3 = LEAST;
     for (int c = 0; c < s.column_tiles; c++) {
@@ -162,7 +163,8 @@ static inline void lift_rows(shape s, vectors p, range r, tensor values, int ite
       m3 = v_f32_max_b(m3, x.v3);
     }
     const float64 most = fold_rows_of(LARGEST, m0, m1, m2, m3);
-    local[p.log_u + block] = where_positive(local[p.a + block], local[p.log_u + block] - most, (float64)0.0f);
+    const float64 lifted = v_f32_min_b(active, local[p.a + block]);
+    local[p.log_u + block] = where_positive(lifted, local[p.log_u + block] - most, local[p.log_u + block]);
   }
 }
 static inline float64 largest_of_tiles(shape s, vectors p, range r, tensor values, int item, int c) {
@@ -175,7 +177,7 @@ static inline float64 largest_of_tiles(shape s, vectors p, range r, tensor value
   }
   return m;
 }
-static inline void lift_columns(shape s, vectors p, range r, tensor values, int item) {
+static inline void lift_columns(shape s, vectors p, range r, tensor values, int item, float64 active) {
   for (int block = 0; block < s.column_blocks; block++) {
     float64 z[4];
 #define MOST(i) largest_of_tiles(s, p, r, values, item, 16 * block + i)
@@ -185,25 +187,27 @@ static inline void lift_columns(shape s, vectors p, range r, tensor values, int 
 #undef QUAD
 #undef MOST
     const float64 most = fold_quads(s.by, LARGEST, z[0], z[1], z[2], z[3]);
-    local[p.log_v + block] = where_positive(local[p.b + block], local[p.log_v + block] - most, (float64)0.0f);
+    const float64 lifted = v_f32_min_b(active, local[p.b + block]);
+    local[p.log_v + block] = where_positive(lifted, local[p.log_v + block] - most, local[p.log_v + block]);
   }
 }
 
-// The first round in the log domain, from v = 1: all of its scalings are folded at the end.
-static inline void log_round(shape s, vectors p, range r, tensor values, int item) {
-  const float64 always = 1.0f;
+// A round in the log domain where `active` is positive, from what is folded and scalings of one, and back to there.
+static inline void log_round(shape s, vectors p, range r, tensor values, int item, float64 active) {
   const lifts l = lifts_of(1);
-  clear_folds(s, p);
-  lift_rows(s, p, r, values, item);
-  fill(s, p, r, values, item, always);
-  start_columns(s, p);
-  update_sums(s, p);
-  for (int k = 0; k < s.row_blocks; k++) local[p.u + k] = divided(v_f32_mul_b(local[p.a + k], l.up), local[p.rows + k]);
-  fold_rows(s, p, always);
-  lift_columns(s, p, r, values, item);
-  fill(s, p, r, values, item, always);
-  for (int k = 0; k < s.column_blocks; k++)
-    local[p.v + k] = divided(v_f32_mul_b(local[p.b + k], l.up), times_rows(s, k, p.u));
-  fold_columns(s, p, always);
-  fill(s, p, r, values, item, always);
+  lift_rows(s, p, r, values, item, active);
+  fill(s, p, r, values, item, active);
+  for (int k = 0; k < s.row_blocks; k++) {
+    const float64 u = divided(v_f32_mul_b(local[p.a + k], l.up), times_columns(s, k, p.v));
+    local[p.u + k] = where_positive(active, u, local[p.u + k]);
+  }
+  fold_rows(s, p, active);
+  lift_columns(s, p, r, values, item, active);
+  fill(s, p, r, values, item, active);
+  for (int k = 0; k < s.column_blocks; k++) {
+    const float64 v = divided(v_f32_mul_b(local[p.b + k], l.up), times_rows(s, k, p.u));
+    local[p.v + k] = where_positive(active, v, local[p.v + k]);
+  }
+  fold_columns(s, p, active);
+  fill(s, p, r, values, item, active);
 }

@@ -87,14 +87,14 @@ static inline slot start(slot x, tensor values, tensor a, tensor b, tensor forms
   load_weights(x.s, x.p, a, b, item);
   x.r = range_of(x.s, x.p, values, item, scale, 0, 1);
   x.form = (int)scalar_of(forms, 0, item);
+  clear_folds(x.s, x.p);
+  start_rows(x.s, x.p);
+  start_columns(x.s, x.p);
   if (x.form > 0) {
-    log_round(x.s, x.p, x.r, values, item);
+    log_round(x.s, x.p, x.r, values, item, (float64)1.0f);
     x.rounds = 1.0f;
   } else {
-    clear_folds(x.s, x.p);
     fill_scaled(x.s, x.r);
-    start_rows(x.s, x.p);
-    start_columns(x.s, x.p);
     x.rounds = 0.0f;
   }
   update_sums(x.s, x.p);
@@ -197,14 +197,19 @@ void main(tensor values, tensor a, tensor b, tensor forms, OUTPUTS, OPTIONS) {
           const float64 error = row_error(x.s, x.p, lifts_of(x.form)) + x.r.poison;
           active = v_f32_sel_less_f32_b(error, (float64)tol, (float64)0.0f, (float64)1.0f);
         }
-        if (t == next_fold) {
-          fold_rows(x.s, x.p, active);
-          fold_columns(x.s, x.p, active);
-          fill(x.s, x.p, x.r, values, item, active);
+        if (x.form == 1) {
+          log_round(x.s, x.p, x.r, values, item, active);
           update_sums(x.s, x.p);
-          next_fold += x.form;
+        } else {
+          if (t == next_fold) {
+            fold_rows(x.s, x.p, active);
+            fold_columns(x.s, x.p, active);
+            fill(x.s, x.p, x.r, values, item, active);
+            update_sums(x.s, x.p);
+            next_fold += x.form;
+          }
+          one_round(x.s, x.p, lifts_of(x.form), active);
         }
-        one_round(x.s, x.p, lifts_of(x.form), active);
         x.rounds = x.rounds + active;
         RECORD(x, t);
       }

@@ -220,7 +220,7 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
       fill(s, values, absorbed);
     }
     update_columns(s, one);
-    int next_fold = fold_every > 0 ? 1 : num_iters;
+    int next_fold = fold_every > 1 ? 1 : num_iters;
     for (int t = 1; t < num_iters; t++) {
       if (t == next_fold) {
         const float64 folding = v_f32_min_b(absorbed, active);
@@ -229,12 +229,24 @@ void main(tensor values, tensor weights_a, tensor weights_b, tensor plan, tensor
         fill(s, values, folding);
         next_fold += fold_every;
       }
-      row_sums(s);
+      if (fold_every != 1 || tol > 0.0f) row_sums(s);
       if (tol > 0.0f) {
         error = row_error(s);
         active = where_positive(active, v_f32_sel_less_f32_b(error, (float64)tol, zero, one), zero);
       }
+      const float64 folding = v_f32_min_b(absorbed, active);
+      if (fold_every == 1) {  // as the first: weights may be as small as they can be
+        fold_columns(s, folding);
+        lift_rows(s, values, folding);
+        fill(s, values, folding);
+        row_sums(s);
+      }
       update_rows(s, active);
+      if (fold_every == 1) {
+        fold_rows(s, folding);
+        lift_columns(s, values, folding);
+        fill(s, values, folding);
+      }
       update_columns(s, active);
       rounds = rounds + active;
     }

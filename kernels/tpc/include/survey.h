@@ -1,7 +1,8 @@
 // The form that an item's own range asks for: 0 = SCALING, otherwise the rounds between two folds.
 //
 // A round changes a scaling by a factor of one over the product of the smallest weights at most: 70 binary orders
-// between two folds keep every sum a normal number.
+// between two folds keep every sum a normal number. Where one round may change it by more than half of that, all are
+// done in the log domain: of the smallest weights that there are, the product itself is none.
 
 #include "lanes.h"
 #include "numeric.h"

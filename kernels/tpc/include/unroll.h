@@ -35,6 +35,12 @@ static inline void subtract_terms(shape s, part q, lifts l, int x, int y, int z,
   }
 }
 
+// What a half round sends through a K that was filled from logarithms alone: its sums are those of the weights only up
+// to what the logarithms were rounded to.
+static inline float64 rescaled(float64 sent, float64 weight, lifts l, float64 sums) {
+  return v_f32_mul_b(sent, divided(v_f32_mul_b(weight, l.up), sums));
+}
+
 static inline void start_slice(shape s, vectors p, lifts l, part q, tensor grad_plan, int item) {
   for (int block = 0; block < s.row_blocks; block++)
     for (int c = q.first; c < q.last; c++)
@@ -90,7 +96,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           restore_folds(s, p, history, item, t);
           fill(s, p, r, values, item, always);
         }
-        refill = folded;  // the round before had another K
+        refill = folded || form == 1;  // the round before had another K
         if (folded) fold -= form;
         if (t == rounds - 1) {
           weigh(s, p, d, l, r, grad_plan, grad_f, grad_g, item);
@@ -101,6 +107,7 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           const float64 share = share_of(local[d.dv + k], local[p.b + k]);
           local[sum_b + k] = local[sum_b + k] + share;
           local[d.wv + k] = v_f32_mul_b(share, local[p.v + k]);
+          if (form == 1) local[d.wv + k] = rescaled(local[d.wv + k], local[p.b + k], l, times_rows(s, k, p.u));
           local[before + k] = where_positive(local[p.b + k], (float64)1.0f, (float64)0.0f);
         }
         if (t > 0 && !folded) restore_columns(s, history, item, t - 1, before);
@@ -114,19 +121,22 @@ void main(tensor values, tensor a, tensor b, tensor forms, tensor report, tensor
           local[d.wu + k] = v_f32_mul_b(share, u);
           local[d.du + k] = 0.0f;
         }
-        if (form > 0 && t == 0) {  // its rows met K with nothing folded into the columns
+        if (form == 1 || (form > 0 && t == 0)) {  // its rows met K with what was folded into the columns before
           const int nothing = d.du, none = d.dv;
           clear(none, s.column_blocks);
           subtract_terms(s, q, l, p.u, d.wv, nothing, none);
-          clear(p.log_v, s.column_blocks);
+          clear(p.log_v, s.column_blocks);  // at first there was nothing
+          if (t > 0) restore_folded_columns(s, history, item, t - 1, p.log_v);
           fill(s, p, r, values, item, always);
+          for (int k = 0; k < s.row_blocks; k++)
+            local[d.wu + k] = rescaled(local[d.wu + k], local[p.a + k], l, times_columns(s, k, before));
           subtract_terms(s, q, l, nothing, none, d.wu, before);
         } else {
           subtract_terms(s, q, l, p.u, d.wv, d.wu, before);
-          for (int k = 0; k < s.column_blocks; k++) {
-            const float64 sums = v_f32_mul_b(times_rows(s, k, d.wu), l.back);
-            local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], sums);
-          }
+        }
+        for (int k = 0; k < s.column_blocks; k++) {
+          const float64 sums = v_f32_mul_b(times_rows(s, k, d.wu), l.back);
+          local[d.dv + k] = (float64)0.0f - v_f32_mul_b(local[before + k], sums);
         }
       }
       store_slice(s, q, r, scale, grad_values, item);
