@@ -65,7 +65,7 @@ CASES = {
     "a caption broken off": (AUDIOCAPS + "1,x,0,one\n2,y,0,a man\nspeaks\n", "line 4: 1 fields where the header has 4"),
     "a rest that looks like a row": (
         AUDIOCAPS + "1,x,0,a man speaks with\nspeech in the background, then, 3, bang\n",
-        "line 3: audiocap_id 'speech in the background' must be a whole number",
+        "line 3: audiocap_id 'speech in the background' must be a number, as",
     ),
     "a rest of one word": (AUDIOCAPS + "1,x,0,a man\nspeaks, then, 3, bang\n", "line 3: audiocap_id 'speaks' must be"),
     "a quote open to the end": (
@@ -100,6 +100,13 @@ def test_what_would_be_lost_is_an_error_that_names_the_line(tmp_path: Path, case
         with pytest.raises(ValueError) as error:
             read(path)
         assert str(error.value).startswith(f"{path}") and message in str(error.value)
+
+
+def test_audiocap_ids_may_be_words_or_missing(tmp_path: Path) -> None:
+    assert read_captions(file(tmp_path, AUDIOCAPS + "one,x,0,a dog\ntwo,y,0,rain\n")).keys() == {"x_0", "y_0"}
+    assert read_captions(file(tmp_path, AUDIOCAPS + "1,x,0,a dog\n,y,0,rain\n")).keys() == {"x_0", "y_0"}
+    with pytest.raises(ValueError, match="line 3: audiocap_id 'in the background' must be"):
+        read_captions(file(tmp_path, AUDIOCAPS + "one,x,0,speech\nin the background, then, 3, bang\n"))
 
 
 def test_the_commands_say_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

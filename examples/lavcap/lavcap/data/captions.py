@@ -31,6 +31,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
         )
     clips: dict[str, list[str]] = {}
     for line, fields in rows:
+        _check_number(fields, rows[0].fields, f"{path}, line {line}")
         clip_id = _clip_id(fields, f"{path}, line {line}")
         caption = " ".join(fields["caption"].split())
         clips.setdefault(clip_id, []).extend([caption] if caption else [])
@@ -54,13 +55,17 @@ def is_selected(clip_id: str, ids: Collection[str]) -> bool:
     return clip_id in ids or youtube_id(clip_id) in ids
 
 
-def _clip_id(row: dict[str, str], where: str) -> str:
+def _check_number(row: dict[str, str], first: dict[str, str], where: str) -> None:
+    """Refuse the rest of a caption that was broken over two lines and has as many commas as a row."""
     number = row.get("audiocap_id", "").strip()
-    if number and not number.isdecimal():
+    if " " in number or (first.get("audiocap_id", "").strip().isdecimal() and not f"0{number}".isdecimal()):
         raise ValueError(
-            f"{where}: audiocap_id {number!r} must be a whole number: if the line is the rest of a caption, join it to "
-            "the line before and quote the caption; the column can be left out"
+            f"{where}: audiocap_id {number!r} must be a number, as in the first line: if it is the rest of a caption, "
+            "join it to the line before and quote the caption; the column can be left out"
         )
+
+
+def _clip_id(row: dict[str, str], where: str) -> str:
     name, start = row["youtube_id"].strip(), row["start_time"].strip()
     if not _YOUTUBE_ID.fullmatch(name):
         raise ValueError(f"{where}: youtube_id {name!r} must consist of letters, digits, '-' and '_'")
