@@ -16,7 +16,7 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_scale, spread
+from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_entries, log_scale, spread
 from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, pack, whole, wide
 
 
@@ -61,7 +61,7 @@ def load_log(
     """L [BLOCK_N, BLOCK_M] from this address on, -inf at padding, whatever is there."""
     similarity = load_tile(ptr, stride_n, N, M, BLOCK_N, BLOCK_M, tile_shape(BLOCK_N, BLOCK_M, CTAS, WARPS))
     high, low = log_scale(scale, a.dtype)
-    L = similarity.to(a.dtype) * high + similarity.to(a.dtype) * low
+    L = log_entries(similarity.to(a.dtype), high, low)
     return tl.where((a != 0)[:, None] & (b != 0)[None, :], L, float("-inf"))
 
 

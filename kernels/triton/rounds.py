@@ -96,6 +96,16 @@ def log_scale(scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def log_entries(values, high, low):
+    """``values (high + low)``: the log kernel of a tile of a similarity or a cost, the same bits in every kernel.
+
+    Written as two products and a sum, the compiler would choose in each kernel which of the products it does not round,
+    and the plan of one kernel would not be that of the scalings of another.
+    """
+    return tl.fma(values, tl.broadcast_to(high, values.shape), values * low)
+
+
+@triton.jit
 def tile_at(rows, columns, M, live_x, live_y, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Offsets within an item's matrix, and where it is live, as [BLOCK_M / 16, BLOCK_N, 16].
 
@@ -163,7 +173,7 @@ def log_kernel(similarity, live, scale, DTYPE: tl.constexpr):
     high, low = log_scale(scale, DTYPE)
     similarity = tl.where(live, similarity, 0.0)
     poison = tl.sum(tl.sum(similarity * 0.0, 1))
-    L = tl.where(live, similarity * high + similarity * low, float("-inf"))
+    L = tl.where(live, log_entries(similarity, high, low), float("-inf"))
     largest = tl.max(tl.max(L, 1))
     smallest = tl.min(tl.min(tl.where(L == float("-inf"), float("inf"), L), 1))
     return L, largest, (largest - smallest) * LN2, poison

@@ -14,7 +14,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import log_scale, token_products
+from .rounds import log_entries, log_scale, token_products
 from .streaming import gather, load_inverse, load_lines, plan_tile, similarity_tile, unpack
 
 DETACH = tl.constexpr(0)
@@ -82,7 +82,7 @@ def load_scalings(ptr, first_ptr, at, inside):
 @triton.jit
 def log_tile(similarity, live_x, live_y, scale, DTYPE: tl.constexpr):
     high, low = log_scale(scale, DTYPE)
-    return tl.where(live_x[:, None] & live_y[None, :], similarity * high + similarity * low, float("-inf"))
+    return tl.where(live_x[:, None] & live_y[None, :], log_entries(similarity, high, low), float("-inf"))
 
 
 @triton.jit
