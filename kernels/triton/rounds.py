@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .places import wide
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -198,7 +200,7 @@ def fits_one_piece(entries, a, b, DTYPE: tl.constexpr):
 def store_round(history_ptr, t, u, v, N, M, part, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row t of an item's history [kept, N + M]; part 0 stores it, the others have the same."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    ptr = history_ptr + t * (N + M)
+    ptr = history_ptr + wide(t) * (N + M)
     tl.store(ptr + rows, u, mask=rows < tl.where(part == 0, N, 0))
     tl.store(ptr + N + columns, v, mask=columns < tl.where(part == 0, M, 0))
 
@@ -206,7 +208,7 @@ def store_round(history_ptr, t, u, v, N, M, part, BLOCK_N: tl.constexpr, BLOCK_M
 @triton.jit
 def load_round(history_ptr, t, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    ptr = history_ptr + t * (N + M)
+    ptr = history_ptr + wide(t) * (N + M)
     return tl.load(ptr + rows, mask=rows < N, other=0.0), tl.load(ptr + N + columns, mask=columns < M, other=0.0)
 
 
