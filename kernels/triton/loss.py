@@ -278,7 +278,8 @@ def _alignment_loss_bwd_kernel(
         M, 1, share_x, scale, ASSIGNMENT, CONTRAST, PRECISION, BLOCK_N, BLOCK_M, DTYPE,
     )  # fmt: skip
     plan_of_y, similarity_of_y = side_gradients(
-        plan_ptr, similarity_ptr, b_ptr, a_ptr, normaliser_ptr + N, grad_terms_ptr + wide(N) * grad_stride_n, grad_stride_n,
+        plan_ptr, similarity_ptr, b_ptr, a_ptr, normaliser_ptr + N, grad_terms_ptr + wide(N) * grad_stride_n,
+        grad_stride_n,
         columns, rows, M, N, 1, M, share_y, scale, ASSIGNMENT, CONTRAST, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
     )  # fmt: skip
     live = kept(a_ptr, rows, N)[:, None] & kept(b_ptr, columns, M)[None, :]
