@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
-``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
+``python benchmarks/ahead_of_time.py`` writes benchmarks/resources.json, ``--check`` compares with it and says what
 differs, of all rows or of those that have all the words of ``--only WORD …``. What tune_triton.py has compiled
 (tried.py) is not compiled again for the table; ``--check`` compiles everything. TRITON_INTERPRET must not be set.
 """
@@ -42,7 +42,7 @@ from otfuse.backends._triton_paths import fits_on_chip
 
 PACKAGE = "otfuse.kernels.triton"
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
-RESOURCES = KERNELS / "resources.json"
+RESOURCES = Path(__file__).with_name("resources.json")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -382,10 +382,10 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
-def make_table(processes: int, since: str | None) -> list[str]:
+def make_table(processes: int) -> list[str]:
     """Writes the table as it grows, what must not spill first. What is wrong with it.
 
-    Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
+    Rows stay whose sources have not changed.
     """
     sources = sources_hashes()
     old = load_table()
@@ -398,9 +398,6 @@ def make_table(processes: int, since: str | None) -> list[str]:
         if isinstance(resources, Resources):
             found[row] = resources
     missing = [row for row in kept if row not in found]
-    if since and current:
-        found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
-        write_table(found, sources)
     missing = sorted((row for row in missing if row not in found), key=lambda row: not must_not_spill(row))
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
@@ -424,14 +421,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
-    parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
     if options.check or options.only:
         wrong = check(wanted, load_table())
     else:
-        wrong = make_table(options.processes, options.since)
+        wrong = make_table(options.processes)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

@@ -40,8 +40,8 @@ def why_too_old() -> list[str]:
         return []
     installed, oldest = ("{}.{}".format(*version) for version in (VERSION, OLDEST))
     return [
-        f"Triton {installed} does not compile the kernels, which need {oldest} or newer: upgrade torch to 2.10 or newer, "
-        f"which brings it (torch {torch.__version__} is installed)"
+        f"Triton {installed} does not compile the kernels, which need {oldest} or newer: upgrade torch to 2.10 "
+        f"or newer, which brings it (torch {torch.__version__} is installed)"
     ]
 
 
