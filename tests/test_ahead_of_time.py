@@ -56,6 +56,7 @@ ANEW = (
     Row("streaming, backward: pull, tokens", "float16", (32, 32), "sm_80"),
     Row("packed", "bfloat16", (64, 32), "sm_90"),
     Row("packed, backward", "float32", (64, 32), "sm_80"),
+    Row("packed: matrix", "float32", (16, 64), "sm_90"),
     Row("cluster, inference", "float32", (256, 256), "sm_90"),
     Row("cluster", "float32", (512, 16), "sm_80"),
     Row("cluster, everything", "float32", (256, 256), "sm_100"),

@@ -1,6 +1,6 @@
-"""Whether the Triton that is installed compiles the kernels. ``import otfuse`` reads its version and does not import it.
+"""Whether the Triton that is installed compiles the kernels: ``import otfuse`` reads its version, without importing it.
 
-What compiles was found with each release (docs/backends.md#triton): the kernels need 3.6, those over a cluster 3.9.
+What compiles was found with each release (docs/backends.md): the kernels need 3.6, those over a cluster 3.9.
 """
 
 from __future__ import annotations
