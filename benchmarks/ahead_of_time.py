@@ -424,10 +424,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    if options.check or options.only:
-        wrong = check(wanted, load_table())
-    else:
-        wrong = make_table(options.processes)
+    wrong = check(wanted, load_table()) if options.check or options.only else make_table(options.processes)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 
