@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
-``python benchmarks/ahead_of_time.py`` writes kernels/triton/resources.json, ``--check`` compares with it and says what
+``python benchmarks/ahead_of_time.py`` writes benchmarks/resources.json, ``--check`` compares with it and says what
 differs, of all rows or of those that have all the words of ``--only WORD …``. What tune_triton.py has compiled
 (tried.py) is not compiled again for the table; ``--check`` compiles everything. TRITON_INTERPRET must not be set.
 """
@@ -30,10 +30,11 @@ import variants_cluster
 import variants_packed
 import variants_small
 import variants_streaming
-from same_code import intermediate, kernels_of
 from tried import load_tried
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from variant import SAMPLED, SOLUTION, TOKENS, WEIGHTS, Resources, Row, Variant
 
 from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
@@ -41,7 +42,7 @@ from otfuse.backends._triton_paths import fits_on_chip
 
 PACKAGE = "otfuse.kernels.triton"
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
-RESOURCES = KERNELS / "resources.json"
+RESOURCES = Path(__file__).with_name("resources.json")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -179,11 +180,11 @@ def compile_row(row: Row, configuration: dict[str, int] | None = None) -> Resour
 
 def compile_variant(variant: Variant, dtype: str, configuration: dict[str, int], target: str) -> Any:
     """Triton's compiled kernel, with the texts of all its stages."""
-    options, constants = _options(variant, configuration)
-    return triton.compile(_source(variant, dtype, constants), target=TARGETS[target], options=options)
+    options, constants = launched_with(variant, configuration)
+    return triton.compile(source(variant, dtype, constants), target=TARGETS[target], options=options)
 
 
-def _options(variant: Variant, configuration: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def launched_with(variant: Variant, configuration: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Triton's own, and the kernel's constants."""
     own = ("num_warps", "num_stages", "num_ctas")
     options = {name: configuration[name] for name in own if name in configuration} | {"enable_fp_fusion": True}
@@ -206,7 +207,7 @@ def configuration_of(row: Row) -> tuple[int, int, int]:
     return blocks.get("BLOCK_D", 0), blocks["num_warps"], blocks["num_stages"]
 
 
-def _source(variant: Variant, dtype: str, constants: dict[str, Any], package: str = PACKAGE) -> ASTSource:
+def source(variant: Variant, dtype: str, constants: dict[str, Any], package: str = PACKAGE) -> ASTSource:
     """The kernel with the types that its launcher passes; pointers are aligned, and so are rows of tokens."""
     module = importlib.import_module(f"{package}.{variant.module}")
     kernel = getattr(module, variant.kernel)
@@ -226,6 +227,19 @@ def _source(variant: Variant, dtype: str, constants: dict[str, Any], package: st
         if name.endswith("_ptr") or name in ("D", "part_features", "stride_n"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constant, attributes)
+
+
+def intermediate(source: ASTSource, target: Any, options: dict[str, Any]) -> str:
+    """Triton's code for the kernel, inlined and simplified, without names and lines."""
+    backend = make_backend(target)
+    parsed = backend.parse_options(options | source.parse_options())
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    code = source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+    return stages["ttir"](code, {}).str_nodebug()
 
 
 def _of_cubin(asm: dict[str, Any]) -> tuple[int, int]:
@@ -368,10 +382,10 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
-def make_table(processes: int, since: str | None) -> list[str]:
+def make_table(processes: int) -> list[str]:
     """Writes the table as it grows, what must not spill first. What is wrong with it.
 
-    Rows stay whose sources have not changed, or whose intermediate code has not ``since`` a revision.
+    Rows stay whose sources have not changed.
     """
     sources = sources_hashes()
     old = load_table()
@@ -384,9 +398,6 @@ def make_table(processes: int, since: str | None) -> list[str]:
         if isinstance(resources, Resources):
             found[row] = resources
     missing = [row for row in kept if row not in found]
-    if since and current:
-        found |= unchanged([row for row in missing if is_current(row, old, sources=False)], old, since)
-        write_table(found, sources)
     missing = sorted((row for row in missing if row not in found), key=lambda row: not must_not_spill(row))
     wrong = [line for row, resources in found.items() for line in problems(row, resources)]
     for row, resources in zip(missing, compile_rows(missing, processes=processes)):
@@ -395,26 +406,6 @@ def make_table(processes: int, since: str | None) -> list[str]:
             found[row] = resources
             write_table(found, sources)
     return wrong
-
-
-def unchanged(wanted: list[Row], table: dict[str, Any], since: str) -> dict[Row, Resources]:
-    """Of rows of the table, those whose kernel is what it was at a git revision; targets share their first code."""
-    same: dict[Row, Resources] = {}
-    known: dict[tuple[Any, ...], bool] = {}
-    with kernels_of(since) as before:
-        for row in wanted:
-            variant = VARIANTS[row.variant]
-            options, constants = _options(variant, configured(row))
-            key = (row.variant, row.dtype, *constants.values())
-            if key not in known:
-                sources = [_source(variant, row.dtype, constants, package) for package in (before, PACKAGE)]
-                old, new = (intermediate(source, TARGETS["sm_90"], options) for source in sources)
-                known[key] = old == new
-            resources = committed(row, table)
-            if known[key] and resources:
-                same[row] = resources
-    print(f"{len(same)} of {len(wanted)} rows are what they were at {since}", flush=True)
-    return same
 
 
 def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
@@ -430,14 +421,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="check rows that have all of these")
-    parser.add_argument("--since", metavar="REVISION", help="keep rows of the table whose kernels are what they were")
     parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
     options = parser.parse_args()
     wanted = [row for row in rows() if set(options.only) <= set(str(row).split())]
-    if options.check or options.only:
-        wrong = check(wanted, load_table())
-    else:
-        wrong = make_table(options.processes, options.since)
+    wrong = check(wanted, load_table()) if options.check or options.only else make_table(options.processes)
     print(*wrong, f"{len(wanted)} rows, {len(wrong)} problems", sep="\n")
     sys.exit(bool(wrong))
 

@@ -7,6 +7,7 @@ from variant import SAMPLED, SOLUTION, TOKENS, Family, Variant
 
 from otfuse.backends._triton_configurations import block_sizes
 from otfuse.backends._triton_varlen_long import MADE
+from otfuse.backends.triton_varlen import _MOVED as MOVED
 
 # What is launched for items that no tile holds, with a table instead of one size for all.
 _LONG = (
@@ -33,6 +34,9 @@ VARIANTS = {
         "varlen", "_varlen_bwd_kernel", "backward",
         "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr grad_x_ptr grad_y_ptr", "history_ptr", TOKENS | {"MODE": 1}, False,
     ),
+    "packed: matrix": Variant(
+        "varlen", "_varlen_matrix_kernel", "matrix", "", "packed_ptr padded_ptr error_ptr", {"PACK": False}, False
+    ),
     "packed, long: table": Variant(
         "places", "_table_kernel", "table", "", "", {"ROWS": 16, "COLUMNS": 0, "STRIP": 16}, False, "table_ptr"
     ),
@@ -44,6 +48,8 @@ def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
         return variants_streaming.tiles(_padded(name), dtype) if dtype in SAMPLED else []
     if VARIANTS[name].configured == "table":
         return [(MADE["PLACES"], MADE["ITEMS"])] if dtype == "float32" else []
+    if VARIANTS[name].configured == "matrix":
+        return [(MOVED["BLOCK_N"], MOVED["BLOCK_M"])] if dtype == "float32" else []
     return SAMPLED.get(dtype, [])
 
 
@@ -52,6 +58,8 @@ def blocks(name: str, dtype: str, tile: tuple[int, int], target: str) -> dict[st
         return variants_streaming.blocks(_padded(name), dtype, tile, target)
     if VARIANTS[name].configured == "table":
         return {**MADE, "num_stages": 3}
+    if VARIANTS[name].configured == "matrix":
+        return MOVED
     return block_sizes(VARIANTS[name].configured, dtype, *tile, target)
 
 

@@ -1,6 +1,8 @@
 """The choice of a backend: every reason, every error text, never a silent fallback."""
 
+import importlib
 import logging
+import types
 
 import pytest
 import torch
@@ -8,7 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
-from otfuse.backends import BACKENDS, _logged, _numba, _tpc_emulator, _tpc_library, select
+from otfuse.backends import (
+    BACKENDS,
+    _logged,
+    _numba,
+    _tpc_emulator,
+    _tpc_library,
+    _triton_import,
+    _triton_version,
+    select,
+    triton_loss,
+)
 from otfuse.backends import triton as triton_module
 from otfuse.problem import cost_problem, token_problem
 
@@ -85,6 +97,42 @@ def test_triton_names_the_missing_device(monkeypatch, installed):
     assert "torch finds no CUDA device" in backend_named("triton").unavailable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "torch finds no CUDA device" not in backend_named("triton").unavailable()
+
+
+@pytest.mark.parametrize(("version", "usable"), [((3, 2), False), ((3, 5), False), ((3, 6), True), ((4, 0), True)])
+def test_a_triton_that_does_not_compile_the_kernels_is_not_taken(monkeypatch, installed, version, usable):
+    """With the way out; nor by the loss, which asks for itself."""
+    installed("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton_version, "VERSION", version)
+    reasons = backend_named("triton").unavailable()
+    assert (reasons == []) == usable
+    if not usable:
+        assert f"Triton {version[0]}.{version[1]}" in reasons[0] and "torch to 2.10" in reasons[0]
+    plan = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 2), dtype=torch.float32)
+    assert triton_loss.can_run(plan) == usable
+
+
+def test_a_triton_that_does_not_import_is_not_taken(monkeypatch, installed):
+    """And is asked once."""
+    tried = []
+
+    def broken(name):
+        tried.append(name)
+        raise OSError("libtriton.so: cannot open shared object file")
+
+    installed("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton_version, "VERSION", (3, 9))
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", broken)
+        importlib.reload(_triton_import)
+    for _ in range(2):
+        (reason,) = backend_named("triton").unavailable()
+        assert "OSError: libtriton.so" in reason and "reinstall" in reason
+    assert tried == ["triton"]
+    importlib.reload(_triton_import)
+    assert not backend_named("triton").unavailable()
 
 
 @pytest.mark.parametrize(

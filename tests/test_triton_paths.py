@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from otfuse.backends import triton_cluster
+from otfuse.backends import _triton_version, triton_cluster
 from otfuse.backends._triton_paths import CLUSTER_PART, Path, cluster_size, fits_on_chip
 from otfuse.backends._triton_paths import choose as choose_of
 
@@ -142,4 +142,8 @@ def test_a_cluster_holds_half_of_a_cost_in_half_precision():
 def test_what_a_cluster_of_a_device_holds(monkeypatch, target, capability, held):
     monkeypatch.setattr(triton_cluster, "target_of", lambda device: target)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert triton_cluster.held_by.__wrapped__(torch.device("cuda", 0)) == held
+    held_by = triton_cluster.held_by.__wrapped__
+    monkeypatch.setattr(_triton_version, "VERSION", (3, 9))
+    assert held_by(torch.device("cuda", 0)) == held
+    monkeypatch.setattr(_triton_version, "VERSION", (3, 8))  # which does not compile their kernels
+    assert held_by(torch.device("cuda", 0)) == NONE

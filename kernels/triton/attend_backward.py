@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
+from .places import wide
 from .rounds import column_sums, crossed, inverse_norm, load_marginals, load_round, log_kernel, tile_product
 
 DETACH = tl.constexpr(0)
@@ -226,7 +227,7 @@ def _attend_bwd_kernel(
 
     L, _, _, poison = log_kernel(similarity, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    history_ptr += item * (2 + (num_iters if MODE == UNROLL else 1) * (N + M)) + 2
+    history_ptr += item * (2 + wide(num_iters if MODE == UNROLL else 1) * (N + M)) + 2
     one_piece, shift = tl.load(history_ptr - 2) != 0, tl.load(history_ptr - 1)
     num_rounds = tl.load(rounds_ptr + item)
     last = tl.maximum(num_rounds - 1, 0) if MODE == UNROLL else 0

@@ -16,7 +16,7 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_scale, spread
+from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_entries, log_scale, spread
 from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, pack, whole, wide
 
 
@@ -61,7 +61,7 @@ def load_log(
     """L [BLOCK_N, BLOCK_M] from this address on, -inf at padding, whatever is there."""
     similarity = load_tile(ptr, stride_n, N, M, BLOCK_N, BLOCK_M, tile_shape(BLOCK_N, BLOCK_M, CTAS, WARPS))
     high, low = log_scale(scale, a.dtype)
-    L = similarity.to(a.dtype) * high + similarity.to(a.dtype) * low
+    L = log_entries(similarity.to(a.dtype), high, low)
     return tl.where((a != 0)[:, None] & (b != 0)[None, :], L, float("-inf"))
 
 
@@ -128,14 +128,14 @@ def _rounds_kernel(
     for first in range(0, BLOCK_N, PART):
         part = first + tl.arange(0, PART)
         a_part, e_part = load_lines(weights_ptr + lines, part, part < N), load_lines(first_u_ptr, part, part < N)
-        ptr = matrix_ptr + first * stride_n
+        ptr = matrix_ptr + wide(first) * stride_n
         L = load_log(ptr, a_part, b, stride_n, N - first, M, scale, PART, BLOCK_M, CTAS, WARPS)
         L = (L + e_part[:, None]) + e_v[None, :]  # nowhere more than one
         least = tl.minimum(least, tl.min(tl.where(L == float("-inf"), 0.0, L), 1))
     entries = (1.0 - tl.min(least)) * LN2
     one_piece = (entries <= limit) & (entries + apart_ab <= 1.5 * limit)  # as rounds.fits_one_piece
     if HISTORY != HISTORY_NONE:
-        history_ptr += item * (2 + (num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
+        history_ptr += item * (2 + wide(num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
         tl.store(history_ptr, tl.load(items_ptr + item * 4))
         tl.store(history_ptr + 1, tl.where(one_piece, 1.0, 0.0))
         history_ptr += 2

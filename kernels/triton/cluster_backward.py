@@ -46,7 +46,7 @@ def _adjoint_rounds_kernel(
     item = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, in_y, lines = rows < N, columns < M, item * (N + M)
-    history_ptr += item * (2 + num_iters * (N + M)) + 2
+    history_ptr += item * (2 + wide(num_iters) * (N + M)) + 2
     first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
     pull_ptr += item * num_iters * (N + M)
     rounds, one_piece = tl.load(rounds_ptr + item), tl.load(history_ptr - 1) != 0

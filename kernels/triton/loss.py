@@ -16,6 +16,7 @@ Letters: B batch, N tokens of ``x``, M tokens of ``y``.
 import triton
 import triton.language as tl
 
+from .places import wide
 from .rounds import LN2, LOG2E, product
 
 # What q is, and over what the softmax runs: the places in otfuse.loss.ASSIGNMENTS and CONTRASTS.
@@ -200,7 +201,7 @@ def product_gradients(
     share = tl.where(keep, share, 0.0)
     shift = tl.load(normaliser_ptr + tokens, mask=share > 0, other=0.0)
     total = tl.load(normaliser_ptr + (size + num_others) + tokens, mask=share > 0, other=1.0)
-    weight = (tl.load(grad_ptr + tokens * grad_stride, mask=share > 0, other=0.0) * share * scale).to(DTYPE)
+    weight = (tl.load(grad_ptr + tokens * wide(grad_stride), mask=share > 0, other=0.0) * share * scale).to(DTYPE)
     scale2 = (scale * LOG2E).to(DTYPE)
     softmax = tl.exp2((inner - tl.expand_dims(shift, along)) * scale2) * tl.expand_dims(1.0 / total, along)
     grad = (softmax - tl.where(i[:, None] == j[None, :], 1.0, 0.0)) * tl.expand_dims(weight, along)
@@ -277,7 +278,8 @@ def _alignment_loss_bwd_kernel(
         M, 1, share_x, scale, ASSIGNMENT, CONTRAST, PRECISION, BLOCK_N, BLOCK_M, DTYPE,
     )  # fmt: skip
     plan_of_y, similarity_of_y = side_gradients(
-        plan_ptr, similarity_ptr, b_ptr, a_ptr, normaliser_ptr + N, grad_terms_ptr + N * grad_stride_n, grad_stride_n,
+        plan_ptr, similarity_ptr, b_ptr, a_ptr, normaliser_ptr + N, grad_terms_ptr + wide(N) * grad_stride_n,
+        grad_stride_n,
         columns, rows, M, N, 1, M, share_y, scale, ASSIGNMENT, CONTRAST, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
     )  # fmt: skip
     live = kept(a_ptr, rows, N)[:, None] & kept(b_ptr, columns, M)[None, :]

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .places import wide
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -96,6 +98,16 @@ def log_scale(scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def log_entries(values, high, low):
+    """``values (high + low)``: the log kernel of a tile of a similarity or a cost, the same bits in every kernel.
+
+    Written as two products and a sum, the compiler would choose in each kernel which of the products it does not round,
+    and the plan of one kernel would not be that of the scalings of another.
+    """
+    return tl.fma(values, tl.broadcast_to(high, values.shape), values * low)
+
+
+@triton.jit
 def tile_at(rows, columns, M, live_x, live_y, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Offsets within an item's matrix, and where it is live, as [BLOCK_M / 16, BLOCK_N, 16].
 
@@ -163,7 +175,7 @@ def log_kernel(similarity, live, scale, DTYPE: tl.constexpr):
     high, low = log_scale(scale, DTYPE)
     similarity = tl.where(live, similarity, 0.0)
     poison = tl.sum(tl.sum(similarity * 0.0, 1))
-    L = tl.where(live, similarity * high + similarity * low, float("-inf"))
+    L = tl.where(live, log_entries(similarity, high, low), float("-inf"))
     largest = tl.max(tl.max(L, 1))
     smallest = tl.min(tl.min(tl.where(L == float("-inf"), float("inf"), L), 1))
     return L, largest, (largest - smallest) * LN2, poison
@@ -188,7 +200,7 @@ def fits_one_piece(entries, a, b, DTYPE: tl.constexpr):
 def store_round(history_ptr, t, u, v, N, M, part, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row t of an item's history [kept, N + M]; part 0 stores it, the others have the same."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    ptr = history_ptr + t * (N + M)
+    ptr = history_ptr + wide(t) * (N + M)
     tl.store(ptr + rows, u, mask=rows < tl.where(part == 0, N, 0))
     tl.store(ptr + N + columns, v, mask=columns < tl.where(part == 0, M, 0))
 
@@ -196,7 +208,7 @@ def store_round(history_ptr, t, u, v, N, M, part, BLOCK_N: tl.constexpr, BLOCK_M
 @triton.jit
 def load_round(history_ptr, t, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    ptr = history_ptr + t * (N + M)
+    ptr = history_ptr + wide(t) * (N + M)
     return tl.load(ptr + rows, mask=rows < N, other=0.0), tl.load(ptr + N + columns, mask=columns < M, other=0.0)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_scale, log_weights
+from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_entries, log_scale, log_weights
 
 # As in attend.py, whose other code is none of this kernel's.
 HISTORY_NONE = tl.constexpr(0)
@@ -88,7 +88,7 @@ def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
     cost = tl.load(cost_ptr + at, mask=inside, other=0.0).to(DTYPE)
     cost = tl.where(live, cost, 0.0)
     poison = tl.sum(row_sums(cost, tl.zeros((cost.shape[1], cost.shape[2]), DTYPE)), 0)
-    return tl.where(live, cost * high + cost * low, float("-inf")), poison
+    return tl.where(live, log_entries(cost, high, low), float("-inf")), poison
 
 
 @triton.jit
@@ -205,7 +205,8 @@ def scaling_rounds(
     nothing."""
     active = kept & has_mass
     v = tl.where(b == 0, 0.0, 1.0).to(K.dtype)
-    v_before, u = v, tl.zeros_like(a)
+    # Made anew: a loop that began with two names for one value would not carry the second, and keep the first v in it.
+    v_before, u = tl.where(b == 0, 0.0, 1.0).to(K.dtype), tl.zeros_like(a)
     rows = row_sums(K, v)
     rounds = tl.zeros((ITEMS,), tl.int32)
     t, more = 0, num_iters > 0

@@ -207,9 +207,10 @@ def _small_bwd_kernel(
         first_v = tl.where(one_piece[None, :] & live_y, 1.0, 0.0).to(DTYPE)
         v = load_kept(history_ptr, place, first_v, first, left, B, M, BLOCK_M, ITEMS)
         unit = tl.full((), unit, tl.float64).to(DTYPE)  # f = log(u) unit
-        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x, DTYPE, a)
-        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y, DTYPE, b)
-        grad_plan = load_or_zero(grad_plan_ptr, at, live, DTYPE, L)
+        exists = (lanes < left)[None, :]  # uniform weights are those of items beyond the last as well
+        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x & exists, DTYPE, a)
+        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y & exists, DTYPE, b)
+        grad_plan = load_or_zero(grad_plan_ptr, at, live & inside, DTYPE, L)
 
         # The last round again, then back from it: in scalings, and where the program has such items in logarithms.
         K = tl.where(live, tl.exp2(L - shift[None, None, :]), 1.0)

@@ -26,6 +26,7 @@ from .rounds import (
     SMALLEST64,
     divide,
     inverse_norm,
+    log_entries,
     log_scale,
     log_weights,
     token_products,
@@ -211,7 +212,7 @@ def _strip_kernel(
             None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y, a != 0, b != 0, stride_n, 1, D,
             PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], similarity * high + similarity * low, float("-inf"))
+        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
         if FIRST:
             largest = tl.maximum(largest, L)
             rest += similarity * 0.0
@@ -241,7 +242,7 @@ def _strip_kernel(
                 None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y, a != 0, b != 0, stride_n, 1,
                 D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
-            L = tl.where((a != 0)[:, None] & (b != 0)[None, :], similarity * high + similarity * low, float("-inf"))
+            L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
             if FIRST:
                 found = tl.max(L + e_u[:, None], 0)
             else:
@@ -458,7 +459,7 @@ def _matrix_kernel(
         tl.store(similarity_ptr + corner + entries, similarity, mask=inside)
     if plan_ptr is not None:
         high, low = log_scale(scale, DTYPE)
-        L = tl.where(live_x[:, None] & live_y[None, :], similarity * high + similarity * low, float("-inf"))
+        L = tl.where(live_x[:, None] & live_y[None, :], log_entries(similarity, high, low), float("-inf"))
         plan = plan_tile(
             L, load_lines(exponent_ptr, at_x, in_x), load_lines(scaling_ptr, at_x, in_x),
             load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y),
@@ -506,7 +507,7 @@ def _attend_kernel(
             x_ptr, y_ptr + wide(first) * D, None if matrix_ptr is None else matrix_ptr + wide(first) * stride_m,
             inverse_x, inverse_y, a != 0, b != 0, stride_n, stride_m, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], similarity * high + similarity * low, float("-inf"))
+        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
         plan = plan_tile(L, e_u, u, load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y))
         y = tl.load(
             y_ptr + wide(first) * D + columns[:, None] * D + features[None, :], mask=(b != 0)[:, None] & in_D, other=0.0

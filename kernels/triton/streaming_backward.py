@@ -14,7 +14,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import log_scale, token_products
+from .rounds import log_entries, log_scale, token_products
 from .streaming import gather, load_inverse, load_lines, plan_tile, similarity_tile, unpack
 
 DETACH = tl.constexpr(0)
@@ -82,17 +82,7 @@ def load_scalings(ptr, first_ptr, at, inside):
 @triton.jit
 def log_tile(similarity, live_x, live_y, scale, DTYPE: tl.constexpr):
     high, low = log_scale(scale, DTYPE)
-    return tl.where(live_x[:, None] & live_y[None, :], similarity * high + similarity * low, float("-inf"))
-
-
-@triton.jit
-def at_item(ptr, offset):
-    """None stays None."""
-    if ptr is None:
-        moved = None
-    else:
-        moved = ptr + offset
-    return moved
+    return tl.where(live_x[:, None] & live_y[None, :], log_entries(similarity, high, low), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
@@ -120,23 +110,29 @@ def _start_kernel(
     history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     history_ptr += last_round(rounds_ptr, item, MODE) * (N + M)
     u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
-    matrix_ptr, grad_plan_ptr = at_item(matrix_ptr, (start_x + start) * stride_n), at_item(grad_plan_ptr, padded)
-    x_ptr, grad_x_out_ptr = at_item(x_ptr, (start_x + start) * D), at_item(grad_x_out_ptr, (start_x + start) * D)
-    y_ptr, grad_y_out_ptr = at_item(y_ptr, start_y * D), at_item(grad_y_out_ptr, start_y * D)
+    matrix_ptr = None if matrix_ptr is None else matrix_ptr + (start_x + start) * stride_n
+    grad_plan_ptr = None if grad_plan_ptr is None else grad_plan_ptr + padded
+    x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
+    grad_x_out_ptr = None if grad_x_out_ptr is None else grad_x_out_ptr + (start_x + start) * D
+    y_ptr = None if y_ptr is None else y_ptr + start_y * D
+    grad_y_out_ptr = None if grad_y_out_ptr is None else grad_y_out_ptr + start_y * D
     sums, sums_x, sums_plan = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     for first in range(0, M, BLOCK_M):
         in_y, at_y = first + columns < M, lines + N + first + columns
         b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
         step = wide(first) * D
         similarity = similarity_tile(
-            x_ptr, at_item(y_ptr, step), at_item(matrix_ptr, first), inverse_x, inverse_y, a != 0, b != 0, stride_n, 1,
+            x_ptr, None if y_ptr is None else y_ptr + step, None if matrix_ptr is None else matrix_ptr + first,
+            inverse_x, inverse_y, a != 0, b != 0, stride_n, 1,
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
         L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
         v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
         plan = plan_tile(L, e_u, u, e_v, v)
         grad, from_x, from_y = plan_gradient(
-            x_ptr, at_item(y_ptr, step), grad_x_out_ptr, at_item(grad_y_out_ptr, step), at_item(grad_plan_ptr, first),
+            x_ptr, None if y_ptr is None else y_ptr + step, grad_x_out_ptr,
+            None if grad_y_out_ptr is None else grad_y_out_ptr + step,
+            None if grad_plan_ptr is None else grad_plan_ptr + first,
             inverse(a), inverse(b), a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION,
             BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
@@ -247,8 +243,9 @@ def _adjoint_strip_kernel(
             return
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
-    matrix_ptr, x_ptr = at_item(matrix_ptr, (start_x + start) * stride_n), at_item(x_ptr, (start_x + start) * D)
-    y_ptr = at_item(y_ptr, start_y * D)
+    matrix_ptr = None if matrix_ptr is None else matrix_ptr + (start_x + start) * stride_n
+    x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
+    y_ptr = None if y_ptr is None else y_ptr + start_y * D
 
     sums = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
     if PHASE != START:
@@ -256,7 +253,8 @@ def _adjoint_strip_kernel(
             in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
             similarity = similarity_tile(
-                x_ptr, at_item(y_ptr, wide(first) * D), at_item(matrix_ptr, first), inverse_x, inverse_y,
+                x_ptr, None if y_ptr is None else y_ptr + wide(first) * D,
+                None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y,
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
@@ -286,7 +284,8 @@ def _adjoint_strip_kernel(
             in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
             similarity = similarity_tile(
-                x_ptr, at_item(y_ptr, wide(first) * D), at_item(matrix_ptr, first), inverse_x, inverse_y,
+                x_ptr, None if y_ptr is None else y_ptr + wide(first) * D,
+                None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y,
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
@@ -472,21 +471,26 @@ def _matrix_gradient_kernel(
     at_x, at_y = lines + start + rows, lines + N + first + columns
     a, b = load_lines(weights_ptr, at_x, in_x), load_lines(weights_ptr, at_y, in_y)
     corner, at = (start_x + start) * stride_n + first, rows[:, None] * stride_n + columns[None, :]
-    x_ptr, grad_x_out_ptr = at_item(x_ptr, (start_x + start) * D), at_item(grad_x_out_ptr, (start_x + start) * D)
-    y_ptr, grad_y_out_ptr = at_item(y_ptr, (start_y + first) * D), at_item(grad_y_out_ptr, (start_y + first) * D)
+    x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
+    grad_x_out_ptr = None if grad_x_out_ptr is None else grad_x_out_ptr + (start_x + start) * D
+    y_ptr = None if y_ptr is None else y_ptr + (start_y + first) * D
+    grad_y_out_ptr = None if grad_y_out_ptr is None else grad_y_out_ptr + (start_y + first) * D
     similarity = similarity_tile(
-        x_ptr, y_ptr, at_item(matrix_ptr, corner), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE),
+        x_ptr, y_ptr, None if matrix_ptr is None else matrix_ptr + corner,
+        load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE),
         load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE), a != 0, b != 0, stride_n, 1, D,
         PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
     grad_plan, _, _ = plan_gradient(
-        x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, at_item(grad_plan_ptr, padded), inverse(a), inverse(b),
+        x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, None if grad_plan_ptr is None else grad_plan_ptr + padded,
+        inverse(a), inverse(b),
         a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
     history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     grad, _ = matrix_gradient(
         log_tile(similarity, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
-        at_item(pull_ptr, num_iters * lines), at_item(total_ptr, lines), tl.load(rounds_ptr + item),
+        None if pull_ptr is None else pull_ptr + num_iters * lines, None if total_ptr is None else total_ptr + lines,
+        tl.load(rounds_ptr + item),
         start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
         False, MODE, DTYPE,
     )  # fmt: skip
@@ -520,14 +524,18 @@ def _pull_kernel(
     a = load_lines(weights_ptr, lines + line_x, in_x)
     inverse_x = load_inverse(inverse_ptr, lines + line_x, in_x, BLOCK_N, DTYPE)
     corner = (start_y * stride_m if SWAPPED else start_x * stride_n) + start * stride_n
-    matrix_ptr, grad_ptr = at_item(matrix_ptr, corner), at_item(grad_ptr, corner)
-    grad_plan_ptr, grad_similarity_ptr = at_item(grad_plan_ptr, padded), at_item(grad_similarity_ptr, padded)
-    x_ptr, grad_x_out_ptr = x_ptr + (start_x + start) * D, at_item(grad_x_out_ptr, (start_x + start) * D)
-    y_ptr, grad_y_out_ptr = y_ptr + start_y * D, at_item(grad_y_out_ptr, start_y * D)
+    matrix_ptr = None if matrix_ptr is None else matrix_ptr + corner
+    grad_ptr = None if grad_ptr is None else grad_ptr + corner
+    grad_plan_ptr = None if grad_plan_ptr is None else grad_plan_ptr + padded
+    grad_similarity_ptr = None if grad_similarity_ptr is None else grad_similarity_ptr + padded
+    x_ptr = x_ptr + (start_x + start) * D
+    grad_x_out_ptr = None if grad_x_out_ptr is None else grad_x_out_ptr + (start_x + start) * D
+    y_ptr, grad_y_out_ptr = y_ptr + start_y * D, None if grad_y_out_ptr is None else grad_y_out_ptr + start_y * D
     rounds = tl.load(rounds_ptr + item)
     history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     poison = tl.load(history_ptr - 2)
-    pull_ptr, total_ptr = at_item(pull_ptr, num_iters * lines), at_item(total_ptr, lines)
+    pull_ptr = None if pull_ptr is None else pull_ptr + num_iters * lines
+    total_ptr = None if total_ptr is None else total_ptr + lines
     grad_x, weighed = tl.zeros((BLOCK_N, BLOCK_F), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     at = rows[:, None] * stride_n + columns[None, :] * stride_m
     for first in range(0, M, BLOCK_M):
@@ -537,7 +545,8 @@ def _pull_kernel(
         step, along = wide(first) * D, wide(first) * stride_m
         live = (a != 0)[:, None] & (b != 0)[None, :]
         similarity = similarity_tile(
-            x_ptr, y_ptr + step, at_item(matrix_ptr, along), inverse_x, inverse_y, a != 0, b != 0, stride_n, stride_m,
+            x_ptr, y_ptr + step, None if matrix_ptr is None else matrix_ptr + along, inverse_x, inverse_y, a != 0,
+            b != 0, stride_n, stride_m,
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
         L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
@@ -545,7 +554,8 @@ def _pull_kernel(
             grad_plan = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
             if MODE != DETACH:
                 grad_plan, _, _ = plan_gradient(
-                    x_ptr, y_ptr + step, grad_x_out_ptr, at_item(grad_y_out_ptr, step), at_item(grad_plan_ptr, along),
+                    x_ptr, y_ptr + step, grad_x_out_ptr, None if grad_y_out_ptr is None else grad_y_out_ptr + step,
+                    None if grad_plan_ptr is None else grad_plan_ptr + along,
                     inverse(a), inverse(b), a != 0, b != 0, stride_n, stride_m, D, BARYCENTRIC, PRECISION,
                     BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
                 )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .attend import HISTORY_ALL, HISTORY_NONE, _attend_fwd_kernel
 from .attend_backward import UNROLL, _attend_bwd_kernel
-from .places import span
+from .places import span, wide
 
 FILLED = tl.constexpr(1024)  # numbers that are written at a time
 
@@ -67,8 +67,8 @@ def _varlen_fwd_kernel(
         )  # fmt: skip
     elif (less_x < 0) & ((N > longest_x) | (M > longest_y)) & (tl.program_id(1) == 0):
         nan = float("nan")
-        fill(x_out_ptr + start_x * D, N * D, nan)
-        fill(y_out_ptr + start_y * D, M * D, nan)
+        fill(x_out_ptr + start_x * D, wide(N) * D, nan)
+        fill(y_out_ptr + start_y * D, wide(M) * D, nan)
         fill(f_ptr + start_x, N, nan)
         fill(g_ptr + start_y, M, nan)
         tl.store(error_ptr + item, nan)
@@ -123,8 +123,8 @@ def _varlen_bwd_kernel(
             COSINE, BARYCENTRIC, MODE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     elif (less_x < 0) & ((N > longest_x) | (M > longest_y)) & (tl.program_id(1) == 0):
-        fill(grad_x_ptr + start_x * D, N * D, 0.0)
-        fill(grad_y_ptr + start_y * D, M * D, 0.0)
+        fill(grad_x_ptr + start_x * D, wide(N) * D, 0.0)
+        fill(grad_y_ptr + start_y * D, wide(M) * D, 0.0)
         if grad_a_ptr is not None:
             fill(grad_a_ptr + start_x, N, 0.0)
         if grad_b_ptr is not None:

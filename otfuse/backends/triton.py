@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from otfuse import fused_ops, ops
+from otfuse.backends import _triton_version
 from otfuse.backends._triton_configurations import block_sizes, target_of
 from otfuse.backends._triton_launch import contiguous, launch, model, new_like, on, sent, wanted
 from otfuse.backends._triton_paths import Path, choose, tile_side
@@ -52,8 +53,14 @@ class TritonBackend(Backend):
         reasons = []
         if not is_installed("triton"):
             reasons.append("triton is not installed (pip install 'otfuse[cuda]')")
+        else:
+            reasons += _triton_version.why_too_old()
         if not INTERPRETED and not torch.cuda.is_available():
             reasons.append("torch finds no CUDA device")
+        if not reasons:
+            from otfuse.backends import _triton_import
+
+            reasons += _triton_import.UNAVAILABLE
         return reasons
 
     def unsupported(self, problem: Problem) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from otfuse.backends._triton_configurations import INTERPRETER, target_of
 from otfuse.backends._triton_paths import CLUSTER_PART, cluster_size, tile_side
+from otfuse.backends._triton_version import has_clusters
 
 WARPS = 8  # of a block: 128 entries of the largest tile to a thread, beside what the rounds need
 
@@ -32,7 +33,7 @@ def adjoint_rounds_kernel() -> Any:
 
 
 # Entries that a cluster holds, by target: twice as many to a block, where the compiler finds room for them
-# (kernels/triton/resources.json), and one block where there are no clusters.
+# (benchmarks/resources.json), and one block where there are no clusters.
 HELD = {"sm_90": 32 * CLUSTER_PART, "sm_100": 16 * CLUSTER_PART, "sm_80": CLUSTER_PART, "gfx942": 0}
 INTERPRETED = HELD["sm_90"]
 
@@ -40,6 +41,8 @@ INTERPRETED = HELD["sm_90"]
 @cache
 def held_by(device: torch.device) -> int:
     """How many entries a cluster of this device holds, or 0."""
+    if not has_clusters():
+        return 0
     target = target_of(device)
     if target == INTERPRETER:
         return INTERPRETED

@@ -17,8 +17,7 @@ from torch.autograd import forward_ad
 from otfuse import ops
 from otfuse.backends._triton_launch import contiguous, launch, on
 from otfuse.backends._triton_paths import LARGEST_TILE, tile_side
-from otfuse.backends.base import is_installed
-from otfuse.backends.triton import INTERPRETED, _blocks, _precision
+from otfuse.backends.triton import INTERPRETED, TritonBackend, _blocks, _precision
 from otfuse.registration import register_autograd
 
 # assignment, contrast: places in otfuse.loss.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
@@ -37,7 +36,9 @@ ops.library.define(
 
 def can_run(plan: Tensor) -> bool:
     """Whether the kernels take a plan [B, N, M], by device, dtype and shape; not in forward mode, which they lack."""
-    return plan.device.type == "cuda" and is_installed("triton") and forward_ad._current_level < 0 and fits(plan)
+    if plan.device.type != "cuda" or TritonBackend().unavailable():
+        return False
+    return forward_ad._current_level < 0 and fits(plan)
 
 
 def fits(plan: Tensor) -> bool:

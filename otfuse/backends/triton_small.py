@@ -19,7 +19,7 @@ from otfuse.fused_ops import UNROLL
 WARP = 32  # lanes; where a warp has 64, an item takes twice as many of them
 
 # Entries of a cost that a lane holds, by bytes of an entry: what leaves a forward no stack
-# (kernels/triton/resources.json). Weights and stops take registers besides, and so does a backward's second tile.
+# (benchmarks/resources.json). Weights and stops take registers besides, and so does a backward's second tile.
 HELD = {
     "small": {4: 32, 8: 8},
     "small, everything": {4: 8, 8: 2},
