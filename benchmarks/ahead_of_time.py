@@ -1,15 +1,15 @@
 """What the Triton kernels take of a GPU, found without one: registers, stack, shared memory, by compiling them.
 
-``python benchmarks/ahead_of_time.py`` writes benchmarks/resources.json, ``--check`` compares with it and says what
-differs, of all rows or of those that have all the words of ``--only WORD …``. What tune_triton.py has compiled
-(tried.py) is not compiled again for the table; ``--check`` compiles everything. TRITON_INTERPRET must not be set.
+``python benchmarks/ahead_of_time.py`` compiles every row anew (hours) and writes resources.json with the version of
+Triton and the commit that it was made with; nothing reads it at run time, and an edit of a kernel does not outdate it
+for any test. ``--check`` compiles rows, all or those that have all the words of ``--only WORD …``, and says what is
+wrong with them and what differs from the file. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import itertools
 import json
@@ -30,7 +30,6 @@ import variants_cluster
 import variants_packed
 import variants_small
 import variants_streaming
-from tried import load_tried
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -319,47 +318,17 @@ def committed(row: Row, table: dict[str, Any]) -> Resources | None:
     return None if found is None else Resources(*found[:3])
 
 
-def is_current(row: Row, table: dict[str, Any], sources: bool = True) -> bool:
-    """Whether the table has the row, of these ``sources`` and as it is configured now."""
-    tile, kernel = f"{row.tile[0]}x{row.tile[1]}", source_of(row.variant)
-    found = table["rows"].get(row.variant, {}).get(row.dtype, {}).get(tile, {}).get(row.target, [])
-    return (not sources or table["sources"].get(kernel) == sources_hash(row.variant)) and found[3:] == _steps(row)
-
-
 def _steps(row: Row) -> list[int]:
     """With what it is launched: BLOCK_D, or of small costs the items; warps and stages."""
     blocks = configured(row)
     return [blocks.get("BLOCK_D", blocks.get("ITEMS", 0)), blocks["num_warps"], blocks["num_stages"]]
 
 
-def source_of(name: str) -> str:
-    """What the hash of a variant's sources is listed under."""
-    return VARIANTS[name].module if name in FAMILY_OF else VARIANTS[name].configured
-
-
-def sources_hash(name: str) -> str:
-    """Of the sources that a variant's rows are made of."""
-    digest = hashlib.sha256()
-    for module in FAMILY_OF[name].sources(name) if name in FAMILY_OF else _on_chip(VARIANTS[name].configured):
-        digest.update((KERNELS / f"{module}.py").read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
-
-
-def _on_chip(kernel: str) -> tuple[str, ...]:
-    if kernel.startswith("loss"):
-        return "rounds", "loss"
-    return ("rounds", "attend") if kernel in ("forward", "similarity") else ("rounds", "attend", "attend_backward")
-
-
-def sources_hashes() -> dict[str, str]:
-    return {source_of(name): sources_hash(name) for name in VARIANTS}
-
-
 def load_table() -> dict[str, Any]:
     return json.loads(RESOURCES.read_text())
 
 
-def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
+def write_table(found: dict[Row, Resources]) -> None:
     """One line a tile, its targets side by side."""
     table: dict[str, Any] = {}
     for row in [row for row in rows() if row in found]:
@@ -373,38 +342,24 @@ def write_table(found: dict[Row, Resources], sources: dict[str, str]) -> None:
             lines = [f"        {json.dumps(tile)}: {json.dumps(targets)}" for tile, targets in sides.items()]
             blocks.append(f"      {json.dumps(dtype)}: {{\n" + ",\n".join(lines) + "\n      }")
         variants.append(f"    {json.dumps(variant)}: {{\n" + ",\n".join(blocks) + "\n    }")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=KERNELS)
     head = {
         "note": "Registers and bytes of stack a thread, bytes of shared memory; and BLOCK_D or items, warps, stages.",
         "triton": triton.__version__,
-        "sources": sources,
+        "commit": commit.stdout.strip(),
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     RESOURCES.write_text("{\n" + ",\n".join([*lines, '  "rows": {\n' + ",\n".join(variants) + "\n  }"]) + "\n}\n")
 
 
 def make_table(processes: int) -> list[str]:
-    """Writes the table as it grows, what must not spill first. What is wrong with it.
-
-    Rows stay whose sources have not changed.
-    """
-    sources = sources_hashes()
-    old = load_table()
-    current = old["triton"] == triton.__version__
-    kept = {row: committed(row, old) if current and is_current(row, old) else None for row in rows()}
-    found = {row: resources for row, resources in kept.items() if resources}
-    tried = load_tried(sources_hash)
-    for row in [row for row in kept if row not in found and row.variant not in FAMILY_OF]:
-        resources = tried.get((row, configuration_of(row)))
-        if isinstance(resources, Resources):
-            found[row] = resources
-    missing = [row for row in kept if row not in found]
-    missing = sorted((row for row in missing if row not in found), key=lambda row: not must_not_spill(row))
-    wrong = [line for row, resources in found.items() for line in problems(row, resources)]
-    for row, resources in zip(missing, compile_rows(missing, processes=processes)):
+    """Compiles every row and writes the file. What is wrong with it."""
+    wanted, found, wrong = rows(), {}, []
+    for row, resources in zip(wanted, compile_rows(wanted, processes=processes)):
         wrong += problems(row, resources)
         if not isinstance(resources, str):
             found[row] = resources
-            write_table(found, sources)
+    write_table(found)
     return wrong
 
 
@@ -413,7 +368,6 @@ def check(wanted: list[Row], table: dict[str, Any]) -> list[str]:
     wrong = []
     for row, resources in zip(wanted, compile_rows(wanted)):
         wrong += problems(row, resources) + differences(row, resources, table)
-    wrong += [f"{row}: changed since the table was made" for row in wanted if not is_current(row, table)]
     return wrong
 
 

@@ -4,8 +4,8 @@
 backward, of every dtype and size class, and writes the fastest for this GPU, after its result has been held against the
 specification. With ``--ahead`` no GPU is needed: tile by tile and target by target, what is configured stays where
 nothing has a stack with it; else the first candidate is taken of which that is true, or, in a backward, the one with
-the least stack. What has been compiled is remembered (tried.py), so that another run goes on where one has ended, and
-one that has nothing left to do changes nothing. Run benchmarks/ahead_of_time.py afterwards, and review what changed.
+the least stack. Every choice is written at once; ``--only`` goes on where a run has ended. Run
+benchmarks/ahead_of_time.py afterwards, and review what changed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 
 import ahead_of_time
 import torch
-from ahead_of_time import KERNELS, compiling, sources_hash, try_row
-from tried import Configuration, Tried, load_tried, write_tried
+from ahead_of_time import KERNELS, compiling, try_row
 from variant import Resources, Row
 
 import otfuse
@@ -30,6 +29,7 @@ from otfuse.backends import _triton_configurations as configurations
 from otfuse.testing import clustered_tokens
 
 CONFIGURATIONS = KERNELS / "configurations.json"
+Configuration = tuple[int, int, int]  # BLOCK_D, num_warps, num_stages
 REPRESENTATIVE = {512: (32, 16), 2048: (64, 32), 4096: (64, 64), 8192: (128, 64), 16384: (128, 128)}
 KINDS = ("forward", "backward")
 FEATURES = {"float64": (16, 8), "float32": (32, 16, 8), "bfloat16": (64, 32, 16), "float16": (64, 32, 16)}
@@ -79,24 +79,19 @@ def rows_of(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> list
     return [Row(name, of, tile, target) for name in names for of in dtypes if tile in ahead_of_time.tiles(name, of)]
 
 
-def choose_ahead(
-    kernel: str, dtype: str, tile: tuple[int, int], target: str, tried: Tried
-) -> tuple[Configuration, int, Tried]:
-    """The first candidate without a stack in any row, or the one with the least; its stack; what was compiled anew."""
-    best, least, new = (0, 0, 0), sys.maxsize, {}
+def choose_ahead(kernel: str, dtype: str, tile: tuple[int, int], target: str) -> tuple[Configuration, int]:
+    """The first candidate without a stack in any row, or the one with the least; and its stack."""
+    best, least = (0, 0, 0), sys.maxsize
     for candidate in candidates_ahead(kernel, dtype, tile, target):
         most = 0
         for row in rows_of(kernel, dtype, tile, target):
             if most < (least if kernel == "backward" else 1):
-                key = row, candidate
-                if key not in tried:
-                    tried[key] = new[key] = _compiled(row, candidate)
-                most = max(most, _stack(row, tried[key]))
+                most = max(most, _stack(row, _compiled(row, candidate)))
         if most < least:
             best, least = candidate, most
         if least == 0:
             break
-    return best, least, new
+    return best, least
 
 
 def _compiled(row: Row, candidate: Configuration) -> Resources | str:
@@ -111,17 +106,6 @@ def _stack(row: Row, found: Resources | str) -> int:
     if isinstance(found, str) or found.shared > configurations.SHARED_MEMORY[row.target]:
         return NO_GOOD
     return found.stack
-
-
-def known() -> Tried:
-    """What was tried, and the rows of the table, as far as they are of these sources."""
-    table, tried = ahead_of_time.load_table(), load_tried(sources_hash)
-    for row in ahead_of_time.rows():
-        if ahead_of_time.VARIANTS[row.variant].configured in KINDS and ahead_of_time.is_current(row, table):
-            resources = ahead_of_time.committed(row, table)
-            assert resources
-            tried[row, ahead_of_time.configuration_of(row)] = resources
-    return tried
 
 
 Task = tuple[str, str, tuple[int, int], str]  # kernel, dtype, tile, target
@@ -146,13 +130,9 @@ def tasks_ahead(only: set[str]) -> list[Task]:
 
 def tune_ahead(tasks: list[Task], table: dict[str, Any], processes: int) -> None:
     """What is not as configured becomes an override of its tile and target."""
-    tried = known()
-    own = [{key: found for key, found in tried.items() if key[0] in rows_of(*task)} for task in tasks]
     with compiling(processes) as pool:
-        for task, (chosen, stack, new) in zip(tasks, pool.map(choose_ahead, *zip(*tasks), own)):
+        for task, (chosen, stack) in zip(tasks, pool.map(choose_ahead, *zip(*tasks))):
             kernel, dtype, tile, target = task
-            if new:
-                write_tried(load_tried(sources_hash) | new, sources_hash)
             if stack == NO_GOOD:
                 print(*task, "nothing compiles", flush=True)
             elif chosen != ahead_of_time.configuration_of(rows_of(*task)[0]):

@@ -26,7 +26,6 @@ class Family(NamedTuple):
     tiles: Callable[[str, str], list[tuple[int, int]]]
     blocks: Callable[[str, str, tuple[int, int], str], dict[str, int]]  # of a tile on a target, as it is launched
     forward: Callable[[str], bool]  # which must not have a stack
-    sources: Callable[[str], tuple[str, ...]]  # modules that its rows are made of, the kernel's own last
     runs: Callable[[str, tuple[int, int], str], bool] = lambda dtype, tile, target: True  # whether a target has it
 
 

@@ -28,9 +28,6 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-_FORWARD = ("rounds", "attend", "streaming", "cluster")
-_BACKWARD = ("rounds", "attend", "attend_backward", "streaming", "cluster", "cluster_backward")
-
 
 def tiles(name: str, dtype: str) -> list[tuple[int, int]]:
     """All that are launched, of a cost or of the similarity of tokens, which is in float32; of the others some."""
@@ -56,6 +53,5 @@ FAMILY = Family(
     tiles,
     blocks,
     lambda name: "backward" not in name,
-    lambda name: _BACKWARD if "backward" in name else _FORWARD,
     lambda dtype, tile, target: launched(dtype, tile, HELD[target]),
 )

@@ -63,17 +63,8 @@ def blocks(name: str, dtype: str, tile: tuple[int, int], target: str) -> dict[st
     return block_sizes(VARIANTS[name].configured, dtype, *tile, target)
 
 
-def sources(name: str) -> tuple[str, ...]:
-    """A packed kernel calls the ones on chip, or is one of those beyond it."""
-    if name in LONG:
-        return variants_streaming.sources(_padded(name))
-    if VARIANTS[name].configured == "table":
-        return ("places",)
-    return "rounds", "attend", "attend_backward", "places", "varlen"
-
-
 def _padded(name: str) -> str:
     return name.replace("packed, long", "streaming")
 
 
-FAMILY = Family(VARIANTS, tiles, blocks, lambda name: "backward" not in name, sources)
+FAMILY = Family(VARIANTS, tiles, blocks, lambda name: "backward" not in name)

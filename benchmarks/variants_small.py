@@ -47,8 +47,4 @@ def blocks(name: str, dtype: str, tile: tuple[int, int], target: str) -> dict[st
     return found | {"EXACT": found["EXACT"] and VARIANTS[name].everywhere}
 
 
-def sources(name: str) -> tuple[str, ...]:
-    return ("rounds", "small", "small_backward") if "backward" in name else ("rounds", "small")
-
-
-FAMILY = Family(VARIANTS, tiles, blocks, lambda name: "backward" not in name, sources)
+FAMILY = Family(VARIANTS, tiles, blocks, lambda name: "backward" not in name)

@@ -132,10 +132,4 @@ def _blocks(variant: Variant, dtype: str) -> dict[str, int]:
     return found
 
 
-def sources(name: str) -> tuple[str, ...]:
-    if VARIANTS[name].module == "streaming":
-        return "rounds", "attend", "places", "streaming"
-    return "rounds", "attend", "attend_backward", "places", "streaming", "streaming_backward"
-
-
-FAMILY = Family(VARIANTS, tiles, blocks, lambda name: VARIANTS[name].module == "streaming", sources)
+FAMILY = Family(VARIANTS, tiles, blocks, lambda name: VARIANTS[name].module == "streaming")

@@ -1,4 +1,4 @@
-"""Why Triton does not import here: found out once, by importing it, when this module is imported, as in ``_numba.py``."""
+"""Why Triton does not import here: found out once, by importing it, when this module is imported."""
 
 from __future__ import annotations
 
