@@ -406,10 +406,12 @@ def _drift(w, root, limit):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _hold(sums, live):
-    """Whether live sums are so far above the smallest normal number that what is lost below it does not count."""
-    limits = np.finfo(sums.dtype)
-    least = limits.tiny / limits.eps / limits.eps
+def _hold(sums, live, w):
+    """Whether live sums of K w are far above what is lost of them: entries of K below the smallest normal number."""
+    limits, largest = np.finfo(sums.dtype), 1.0
+    for i in range(w.shape[0]):
+        largest = max(largest, float(w[i]))
+    least = limits.tiny / limits.eps / limits.eps * largest
     for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
         if live[i] != 0 and not sums[i] >= least:
             return False
@@ -488,14 +490,14 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
         error = _row_error(u, rows, a)
 
     while done < num_iters and not error < tol and not _stopped(stop):
-        holds = form == SCALING or (_hold(rows, a) and (columns_outer or _hold(gathered, b)))
+        holds = form == SCALING or (_hold(rows, a, v) and (columns_outer or _hold(gathered, b, next_u)))
         if form == ABSORBED:
             previous_v[:] = v
         if holds:
             _round(K, columns_outer, a, b, u, v, next_u, sums, gathered)
         if form == ABSORBED:
             drift = 2
-            if holds and (not columns_outer or _hold(sums, b)):
+            if holds and (not columns_outer or _hold(sums, b, u)):
                 drift = max(_drift(u, root_a, limit), _drift(v, root_b, limit))
             if drift == 1:
                 _absorb(u, root_a, log_u)
