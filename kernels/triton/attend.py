@@ -20,6 +20,7 @@ from .rounds import (
     log_weights,
     product,
     rounds_while,
+    sign_of,
     store_round,
     tile_at,
     token_products,
@@ -139,12 +140,12 @@ def _attend_fwd_kernel(
                 tl.store(similarity_out_ptr + item * N * M + at, unflat(similarity, BLOCK_N, BLOCK_M), mask=inside)
         again_rows, again_columns = rows + tl.maximum(-t, 0), columns + tl.maximum(-t, 0)
         a, b, _, _, _ = load_marginals(a_ptr, b_ptr, item, again_rows, again_columns, N, M, DTYPE)
-        L, shift, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
+        L, offset, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
         if t == 0:
             one_piece = fits_one_piece(range_L, a, b, DTYPE)
-            if one_piece:
-                log_u -= shift
-            else:
+            if part == 0:  # in memory until f is stored: no register is kept through the rounds
+                tl.store(f_ptr + item * N + rows, offset, mask=rows < N)
+            if not one_piece:
                 log_u = log_weights(a) - log_sum(L, log_v, 1)
         if not one_piece:
             log_v = log_weights(b) - log_sum(L, log_u, 0)
@@ -170,7 +171,6 @@ def _attend_fwd_kernel(
     a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE)
     poison += total_a * 0 + total_b * 0
     if part == 0:
-        shift = tl.where(one_piece, tl.max(-log_u), 0.0)
         log_u += log_weights(u)
         log_v += log_weights(v)
         if HISTORY == HISTORY_LAST:
@@ -181,9 +181,11 @@ def _attend_fwd_kernel(
                 store_round(history_ptr, rest, tl.zeros_like(u), tl.zeros_like(v), N, M, part, BLOCK_N, BLOCK_M)
         if HISTORY != HISTORY_NONE:
             tl.store(history_ptr - 2, tl.where(one_piece, 1.0, 0.0))
-            tl.store(history_ptr - 1, shift)
+            tl.store(history_ptr - 1, 0.0)
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
-        f = tl.where(a == 0, float("-inf"), log_u * unit) + poison
+        tl.debug_barrier()
+        offset = tl.load(f_ptr + item * N + rows, mask=rows < N, other=0.0) * sign_of(scale, DTYPE)
+        f = tl.where(a == 0, float("-inf"), log_u * unit - offset) + poison
         g = tl.where(b == 0, float("-inf"), log_v * unit) + poison
         tl.store(f_ptr + item * N + rows, f, mask=rows < N)
         tl.store(g_ptr + item * M + columns, g, mask=columns < M)

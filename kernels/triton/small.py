@@ -15,7 +15,21 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_entries, log_scale, log_weights
+from .rounds import (
+    INTERPRETED,
+    LN2,
+    RANGE32,
+    RANGE64,
+    below,
+    divide,
+    load_passed,
+    log_entries,
+    log_scale,
+    log_weights,
+    offsets,
+    over_largest,
+    sign_of,
+)
 
 # As in attend.py, whose other code is none of this kernel's.
 HISTORY_NONE = tl.constexpr(0)
@@ -29,13 +43,12 @@ WHOLE = tl.constexpr(32)
 
 @triton.jit
 def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
-    """Weights [BLOCK, ITEMS] as passed, zero beyond the item, and their sums. None is one each, a mask one or zero."""
+    """Weights [BLOCK, ITEMS] over the largest, zero beyond the item, and their sums. None is one each, a mask one or zero."""
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
-        # Negative weights have no transport: NaN, as no exception can be raised here.
-        weights = tl.load(ptr + at, mask=inside, other=0).to(DTYPE)
-        weights = tl.where(weights < 0, float("nan"), weights)
+        passed = load_passed(ptr, at, inside, DTYPE)
+        weights = over_largest(passed, tl.max(passed, 0)[None, :]).to(DTYPE)
     return weights, tl.sum(weights, 0)
 
 
@@ -44,7 +57,7 @@ def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Both marginals, summing to one; what they were divided by; which items have mass: others are zero on both sides.
+    """Both marginals, summing to one; what they were divided by after their largest; which items have mass: others are zero on both sides.
 
     Of uniform ones what they were divided by is one.
     """
@@ -80,7 +93,8 @@ def entries_at(first, left, N, M, step, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
-    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN.
+    """L as rounds.log_kernel has it; the smallest cost of each row; and per item zero or, if any entry is not finite,
+    NaN.
 
     All entries ``inside`` are read: with a mask made of weights a thread would read them one by one.
     """
@@ -88,7 +102,10 @@ def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
     cost = tl.load(cost_ptr + at, mask=inside, other=0.0).to(DTYPE)
     cost = tl.where(live, cost, 0.0)
     poison = tl.sum(row_sums(cost, tl.zeros((cost.shape[1], cost.shape[2]), DTYPE)), 0)
-    return tl.where(live, log_entries(cost, high, low), float("-inf")), poison
+    sign = sign_of(scale, DTYPE)
+    offset = offsets(tl.max(tl.where(live, cost * sign, float("-inf")), 1)) * sign
+    L = log_entries(below(cost, offset[:, None, :]), high, low)
+    return tl.where(live, L, float("-inf")), offset, poison
 
 
 @triton.jit
@@ -100,10 +117,9 @@ def spread(weights):
 
 
 @triton.jit
-def fits_one_piece(L, live, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
+def fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
     """Which items may be solved in scalings, as rounds.fits_one_piece; those without mass may."""
-    smallest = tl.min(tl.min(tl.where(live, L, float("inf")), 1), 0)
-    entries = (largest - smallest) * LN2
+    entries = -tl.min(tl.min(tl.where(live, L, 0.0), 1), 0) * LN2
     limit = RANGE64 if DTYPE == tl.float64 else RANGE32
     whole = entries
     if a_ptr is not None:
@@ -325,26 +341,24 @@ def _small_fwd_kernel(
     )
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
-    L, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+    L, offset, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    shift = tl.max(tl.max(L, 1), 0)
-    one_piece = fits_one_piece(L, live, shift, a, b, a_ptr, b_ptr, has_mass, DTYPE)
-    shift += poison  # and so goes into all that is made of K
+    one_piece = fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE)
     if HISTORY != HISTORY_NONE:
         tl.store(history_ptr + first + lanes, tl.where(one_piece, 1.0, 0.0), mask=lanes < left)
-        tl.store(history_ptr + B + first + lanes, shift, mask=lanes < left)
+        tl.store(history_ptr + B + first + lanes, poison, mask=lanes < left)
 
-    K = tl.where(live, power(L - shift[None, None, :]), 1.0)
+    K = tl.where(live, power(L + poison[None, None, :]), 1.0)
     u, v, rows, rounds = scaling_rounds(
         K, a, b, one_piece, has_mass, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
     )
     plan = K * u[:, None, :] * v[None, :, :]
-    log_u, log_v = tl.log2(tl.where(a == 0, 1.0, u)) - shift[None, :], tl.log2(tl.where(b == 0, 1.0, v))
+    log_u, log_v = tl.log2(tl.where(a == 0, 1.0, u)) + poison[None, :], tl.log2(tl.where(b == 0, 1.0, v))
     rows *= u
     if is_any(~one_piece):
         # Read again: kept through the rounds, it would cost as many registers as K.
         at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-        L, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+        L, _offset, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
         L += again[None, None, :]
         other_plan, other_u, other_v, other_rows, other_rounds = log_rounds(
             L, live, a, b, ~one_piece, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
@@ -354,7 +368,7 @@ def _small_fwd_kernel(
         rows, rounds = tl.where(one_piece[None, :], rows, other_rows), tl.where(one_piece, rounds, other_rounds)
 
     unit = (tl.full((), unit, tl.float64) * LN2).to(DTYPE)  # f = log2(u) unit
-    f = tl.where(a == 0, poison[None, :] - float("inf"), log_u * unit)
+    f = tl.where(a == 0, poison[None, :] - float("inf"), log_u * unit - offset * sign_of(scale, DTYPE))
     g = tl.where(b == 0, poison[None, :] - float("inf"), log_v * unit)
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     tl.store(f_ptr + first * N + (lanes[None, :] * N + n * step), f, mask=(n < N) & (lanes < left)[None, :])
