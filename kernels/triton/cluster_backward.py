@@ -36,7 +36,7 @@ def product(tile, e_u, e_v, factor, one_piece, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _adjoint_rounds_kernel(
-    matrix_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
+    matrix_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
     N, M, stride_n, scale: tl.float64, num_iters,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,8 @@ def _adjoint_rounds_kernel(
     rounds, one_piece = tl.load(rounds_ptr + item), tl.load(history_ptr - 1) != 0
     a, b = load_lines(weights_ptr + lines, rows, in_x), load_lines(weights_ptr + lines + N, columns, in_y)
     tile = load_log(
-        matrix_ptr + item * N * stride_n, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS
+        matrix_ptr + item * N * stride_n, offset_ptr + item * N, a, b, stride_n, N, M, scale,
+        BLOCK_N, BLOCK_M, CTAS, WARPS,
     )  # fmt: skip
     if one_piece:
         first_u, first_v = load_lines(first_u_ptr, rows, in_x), load_lines(first_v_ptr, columns, in_y)

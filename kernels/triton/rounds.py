@@ -78,7 +78,7 @@ def over_largest(passed, largest):
 
 @triton.jit
 def load_weights(ptr, item, index, size, DTYPE: tl.constexpr):
-    """Weights [BLOCK] over the largest, zero beyond the item, and their sum. None is one each; a mask is one or zero."""
+    """Weights [BLOCK] over their largest, zero beyond the item, and their sum. None is one each; a mask one or zero."""
     inside = index < size
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
@@ -99,7 +99,8 @@ def load_live(ptr, item, index, size):
 
 @triton.jit
 def load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE: tl.constexpr):
-    """Both marginals, summing to one, and what they were divided by after their largest; an item without mass is zero on both sides."""
+    """Both marginals, summing to one, and what they were divided by after their largest; an item without mass is zero
+    on both sides."""
     a, total_a = load_weights(a_ptr, item, rows, N, DTYPE)
     b, total_b = load_weights(b_ptr, item, columns, M, DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)

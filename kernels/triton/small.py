@@ -43,7 +43,8 @@ WHOLE = tl.constexpr(32)
 
 @triton.jit
 def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
-    """Weights [BLOCK, ITEMS] over the largest, zero beyond the item, and their sums. None is one each, a mask one or zero."""
+    """Weights [BLOCK, ITEMS] over their largest, zero beyond the item, and their sums. None is one each, a mask one or
+    zero."""
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
@@ -57,7 +58,8 @@ def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Both marginals, summing to one; what they were divided by after their largest; which items have mass: others are zero on both sides.
+    """Both marginals, summing to one; what they were divided by after their largest; which items have mass: others are
+    zero on both sides.
 
     Of uniform ones what they were divided by is one.
     """

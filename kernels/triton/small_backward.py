@@ -211,12 +211,8 @@ def _small_bwd_kernel(
         v = load_kept(history_ptr, place, first_v, first, left, B, M, BLOCK_M, ITEMS)
         unit = tl.full((), unit, tl.float64).to(DTYPE)  # f = log(u) unit
         exists = (lanes < left)[None, :]  # uniform weights are those of items beyond the last as well
-        sent_x = unit * load_or_zero(
-            grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x & exists, DTYPE, a
-        )
-        sent_y = unit * load_or_zero(
-            grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y & exists, DTYPE, b
-        )
+        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x & exists, DTYPE, a)
+        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y & exists, DTYPE, b)
         grad_plan = load_or_zero(grad_plan_ptr, at, live & inside, DTYPE, L)
 
         # The last round again, then back from it: in scalings, and where the program has such items in logarithms.
