@@ -20,6 +20,7 @@ from .rounds import (
     load_passed,
     load_round,
     log_kernel,
+    log_weights,
     tile_product,
 )
 
@@ -82,18 +83,19 @@ def unroll_log(
     own sums, not by the marginals that those would be.
     """
     grad_a, grad_b = tl.zeros_like(inverse_a), tl.zeros_like(inverse_b)
+    log_a, log_b = -log_weights(inverse_a), -log_weights(inverse_b)  # sums near one, however small the weights
     t = num_rounds - 1
     log_u, log_v = load_round(history_ptr, tl.maximum(t, 0), N, M, BLOCK_N, BLOCK_M)
     while t >= 0:
         log_u_before, log_v_before = load_round(history_ptr, tl.maximum(t - 1, 0), N, M, BLOCK_N, BLOCK_M)
         if t == 0:
             log_v_before = tl.zeros_like(log_v)
-        plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+        plan = tl.exp2((L + log_u[:, None]) + (log_v - log_b)[None, :])
         pulled = plan * (d_log_v * inverse(tl.sum(plan, 0)))[None, :]
         grad_b += d_log_v
         d_log_u -= tl.sum(pulled, 1)
         G -= pulled
-        plan = tl.exp2((L + log_u[:, None]) + log_v_before[None, :])
+        plan = tl.exp2((L + (log_u - log_a)[:, None]) + log_v_before[None, :])
         pulled = plan * (d_log_u * inverse(tl.sum(plan, 1)))[:, None]
         grad_a += d_log_u
         d_log_v = -tl.sum(pulled, 0)

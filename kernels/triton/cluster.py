@@ -16,8 +16,8 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, sign_of, spread
-from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, log_tile, pack, whole, wide
+from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, half_round, lacking, sign_of, spread
+from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, log_tile, pack, wide
 
 
 @triton.constexpr_function
@@ -63,32 +63,6 @@ def load_log(
     rows = tl.arange(0, BLOCK_N)
     offset = load_lines(offset_ptr, rows, rows < N)[:, None]
     return log_tile(similarity.to(a.dtype), offset, a != 0, b != 0, scale, a.dtype)
-
-
-@triton.jit
-def apart(scaling, exponent):
-    """A number between one and two, or zero, and the whole exponent of two that it is to be multiplied by."""
-    grown = whole(tl.log2(scaling))
-    return scaling * tl.exp2(-grown), exponent + grown
-
-
-@triton.jit
-def half_round(L, weights, scaling, exponent, AXIS: tl.constexpr, smallest):
-    """Over AXIS: what scales its sums of exp2(L + exponent) scaling to the weights, as ``apart`` has it.
-
-    Whole numbers are added to each other first: an entry that matters is then rounded no further than L is.
-    """
-    along = tl.expand_dims(exponent, 1 - AXIS)
-    largest = whole(tl.max(L + along, AXIS))
-    terms = tl.exp2(L + (along - tl.expand_dims(largest, AXIS))) * tl.expand_dims(scaling, 1 - AXIS)
-    return apart(divide(weights, tl.maximum(tl.sum(terms, AXIS), smallest)), -largest)
-
-
-@triton.jit
-def lacking(L, a, u, e_u, v, e_v):
-    """The L1 error of the row sums."""
-    sums = tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :], 1)
-    return tl.sum(tl.abs(u * sums - a))
 
 
 @triton.jit

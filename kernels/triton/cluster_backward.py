@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .attend_backward import inverse
 from .cluster import load_log
+from .rounds import apart
 from .streaming import load_lines, unpack, wide
 
 
@@ -26,11 +27,15 @@ def load_side(ptr, first_ptr, index, inside, one_piece):
 @triton.jit
 def product(tile, e_u, e_v, factor, one_piece, AXIS: tl.constexpr):
     """Over AXIS, along which ``factor`` lies: the sums of K times it. The tile is K itself, or L."""
-    along = tl.expand_dims(factor, 1 - AXIS)
     if one_piece:
-        sums = tl.sum(tile * along, AXIS)
-    else:
-        sums = tl.sum(tl.exp2(tile + (e_u[:, None] + e_v[None, :])) * along, AXIS)
+        sums = tl.sum(tile * tl.expand_dims(factor, 1 - AXIS), AXIS)
+    else:  # where a weight is small the plan is, and what is pulled is large
+        factor, grown = apart(factor, tl.zeros_like(factor))
+        if AXIS == 1:
+            e_v += grown
+        else:
+            e_u += grown
+        sums = tl.sum(tl.exp2(tile + (e_u[:, None] + e_v[None, :])) * tl.expand_dims(factor, 1 - AXIS), AXIS)
     return sums
 
 

@@ -355,6 +355,69 @@ def has_grown(scalings):
 
 
 @triton.jit
+def whole(exponent):
+    """A whole number near ``exponent``, zero where that is infinite."""
+    return tl.where(tl.abs(exponent) == float("inf"), 0.0, tl.floor(exponent))
+
+
+@triton.jit
+def apart(scaling, exponent):
+    """A number whose size is between one and two, or zero, and the exponent of two that it is to be multiplied by."""
+    grown = whole(tl.log2(tl.abs(scaling)))
+    return scaling * tl.exp2(-grown), exponent + grown
+
+
+@triton.jit
+def half_round(L, weights, scaling, exponent, AXIS: tl.constexpr, smallest):
+    """Over AXIS: what scales its sums of exp2(L + exponent) scaling to the weights, as ``apart`` has it.
+
+    Whole numbers are added to each other first: an entry that matters is then rounded no further than L is.
+    """
+    along = tl.expand_dims(exponent, 1 - AXIS)
+    largest = whole(tl.max(L + along, AXIS))
+    terms = tl.exp2(L + (along - tl.expand_dims(largest, AXIS))) * tl.expand_dims(scaling, 1 - AXIS)
+    return apart(divide(weights, tl.maximum(tl.sum(terms, AXIS), smallest)), -largest)
+
+
+@triton.jit
+def lacking(L, a, u, e_u, v, e_v):
+    """The L1 error of the row sums."""
+    sums = tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :], 1)
+    return tl.sum(tl.abs(u * sums - a))
+
+
+@triton.jit
+def are_tiny(a, b, DTYPE: tl.constexpr):
+    """Whether a sum of rounds_while, which may be as small as the product of two weights squared, is below float32."""
+    least = tl.min(tl.where(a == 0, 1.0, a)) * 1e18 * tl.min(tl.where(b == 0, 1.0, b))
+    return (least < 1.0) & (DTYPE == tl.float32)
+
+
+@triton.jit
+def half_rounds(
+    L, a, b, num_iters, tol, history_ptr, N, M, part,
+    STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """All rounds in whole exponents that move at every half round, as cluster.py runs them: no sum of these vanishes,
+    whatever the weights. What rounds_while returns, after K; with the exponents that K holds."""
+    smallest: tl.constexpr = SMALLEST64 if L.dtype == tl.float64 else SMALLEST32
+    u, v = tl.where(a == 0, 0.0, 1.0).to(L.dtype), tl.where(b == 0, 0.0, 1.0).to(L.dtype)
+    e_u, e_v = tl.zeros((BLOCK_N,), L.dtype), tl.zeros((BLOCK_M,), L.dtype)
+    t, more = 0, num_iters > 0
+    while more:
+        u, e_u = half_round(L, a, v, e_v, 1, smallest)
+        v, e_v = half_round(L, b, u, e_u, 0, smallest)
+        if ALL_ROUNDS:
+            store_round(history_ptr, t, e_u + log_weights(u), e_v + log_weights(v), N, M, part, BLOCK_N, BLOCK_M)
+        t += 1
+        more = t < num_iters
+        if STOPS:
+            more = more & ~(lacking(L, a, u, e_u, v, e_v) < tol)
+    K = tl.exp2((L + e_u[:, None]) + e_v[None, :])
+    return K, u, v, u * tl.sum(K * v[None, :], 1), e_u, e_v, t
+
+
+@triton.jit
 def log_sum(L, shift, AXIS: tl.constexpr):
     """log2 of the sum of exp2(L + shift) over AXIS, with shift along the other axis; where all of it is -inf, zero."""
     along = tl.expand_dims(shift, 1 - AXIS)

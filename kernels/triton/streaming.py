@@ -24,7 +24,7 @@ from .rounds import (
     LN2,
     SMALLEST32,
     SMALLEST64,
-    below,
+    apart,
     divide,
     inverse_norm,
     load_passed,
@@ -35,11 +35,12 @@ from .rounds import (
     over_largest,
     sign_of,
     token_products,
+    whole,
 )
 
 # A scaling beyond 2^±GROWN gives its power of two away. Entries of K below 2^-126 are zero: times two scalings that are
 # not to grow beyond, and what one round adds, they are no part of a plan whose entries sum to one.
-GROWN = tl.constexpr(24.0)
+GROWN = tl.constexpr(4.0)
 
 # Of a history: scalings beyond 2^±WRITTEN are kept as logarithms.
 WRITTEN = tl.constexpr(100.0)
@@ -176,12 +177,6 @@ def similarity_tile(
     return tile
 
 
-@triton.jit
-def whole(exponent):
-    """A whole number near ``exponent``, zero where that is infinite."""
-    return tl.where(tl.abs(exponent) == float("inf"), 0.0, tl.floor(exponent))
-
-
 @triton.jit(do_not_specialize=["N", "M", "t"])
 def _strip_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr,
@@ -225,6 +220,8 @@ def _strip_kernel(
     else:
         e_u = load_lines(exponent_ptr, lines + start + rows, in_x)
         offset = load_lines(offset_ptr, start_x + start + rows, in_x)
+        size_a = whole(log_weights(a))  # sums are those of the plan over the weights: numbers, however small these are
+        e_u -= size_a
     for first in range(0, M, BLOCK_M):
         at = lines + N + first + columns
         in_y = first + columns < M
@@ -240,7 +237,7 @@ def _strip_kernel(
             largest = tl.maximum(largest, tl.where(live, similarity * sign, float("-inf")))
             rest += similarity * 0.0
         else:
-            L = tl.where(live, log_entries(below(similarity, offset[:, None]), high, low), float("-inf"))
+            L = tl.where(live, log_entries(similarity - offset[:, None], high, low), float("-inf"))
             e_v, v = load_lines(exponent_ptr, at, in_y), load_lines(scaling_ptr, at, in_y)
             rest += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
     if FIRST:
@@ -252,10 +249,12 @@ def _strip_kernel(
     else:
         sums = tl.sum(rest, 1)
         u = load_lines(scaling_ptr, lines + start + rows, in_x)
-        tl.store(found_ptr + strip, tl.sum(tl.abs(u * sums - a)))
-        u = divide(a, tl.maximum(sums, smallest))
+        a_near_one = a * tl.exp2(-size_a)
+        tl.store(found_ptr + strip, tl.sum(tl.abs(u * sums - a_near_one) * tl.exp2(size_a)))
+        u = divide(a_near_one, tl.maximum(sums, smallest))
         if not LAST:
             tl.store(new_u_ptr + start_x + start + rows, u, mask=in_x)
+            u, e_u = apart(u, e_u + size_a)
     if not LAST:
         for first in range(0, M, BLOCK_M):
             at = lines + N + first + columns
@@ -268,11 +267,11 @@ def _strip_kernel(
                 D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             live = (a != 0)[:, None] & (b != 0)[None, :]
-            L = tl.where(live, log_entries(below(similarity, offset[:, None]), high, low), float("-inf"))
+            L = tl.where(live, log_entries(similarity - offset[:, None], high, low), float("-inf"))
             if FIRST:
                 found = tl.max(L, 0)
             else:
-                e_v = load_lines(exponent_ptr, at, in_y)
+                e_v = load_lines(exponent_ptr, at, in_y) - whole(log_weights(b))
                 found = tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
@@ -379,7 +378,8 @@ def _gather_kernel(
             scaling = tl.where(weights == 0, 0.0, tl.exp2(-exponent))  # what is one before K was scaled
         else:
             exponent = load_lines(exponent_ptr, lines + at, inside)
-            scaling = divide(weights, tl.maximum(found, smallest))
+            near_one = weights * tl.exp2(-whole(log_weights(weights)))  # as the sums are
+            scaling = divide(near_one, tl.maximum(found, smallest))
     if FIRST:
         tl.store(first_ptr + lines + at, exponent, mask=inside)
     else:
@@ -445,7 +445,7 @@ def _finish_kernel(
 def log_tile(similarity, offset, live_x, live_y, scale, DTYPE: tl.constexpr):
     """L of a tile, of what is below the offsets of the item's rows, which lie along these; -inf at padding."""
     high, low = log_scale(scale, DTYPE)
-    L = log_entries(below(similarity, offset), high, low)
+    L = log_entries(similarity - offset, high, low)
     return tl.where(live_x[:, None] & live_y[None, :], L, float("-inf"))
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import LEAST, load_passed, token_products
+from .rounds import LEAST, apart, load_passed, token_products
 from .streaming import (
     gather,
     largest_weight,
@@ -267,9 +267,9 @@ def _adjoint_strip_kernel(
             )  # fmt: skip
             L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
             v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
-            sums += (
-                tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (v * load_lines(pull_ptr, first + columns, in_y))[None, :]
-            )
+            # Where the weight is small the plan is, and what is pulled is large.
+            v, e_v = apart(v * load_lines(pull_ptr, first + columns, in_y), e_v)
+            sums += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
     product = u * tl.sum(sums, 1)
     if PHASE == ROUND:
         if t == rounds - 1:
@@ -288,6 +288,7 @@ def _adjoint_strip_kernel(
         if PHASE == END:
             tl.store(total_ptr + at_x, pulled, mask=in_x)
     if PHASE != END:
+        u, e_u = apart(u * pulled, e_u)
         for first in range(0, M, BLOCK_M):
             in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
@@ -300,7 +301,7 @@ def _adjoint_strip_kernel(
                 v, e_v = load_before(history_ptr, first_ptr, t, N + first + columns, in_y, N + M)
             else:
                 v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
-            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (u * pulled)[:, None], 0)
+            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
 
