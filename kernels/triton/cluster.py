@@ -58,7 +58,7 @@ def load_log(
     ptr, offset_ptr, a, b, stride_n, N, M, scale,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """L [BLOCK_N, BLOCK_M] from this address on, of what is below the rows' offsets; -inf at padding, whatever is there."""
+    """L [BLOCK_N, BLOCK_M] from this address on, of what is below the offsets; -inf at padding, whatever is there."""
     similarity = load_tile(ptr, stride_n, N, M, BLOCK_N, BLOCK_M, tile_shape(BLOCK_N, BLOCK_M, CTAS, WARPS))
     rows = tl.arange(0, BLOCK_N)
     offset = load_lines(offset_ptr, rows, rows < N)[:, None]

@@ -179,8 +179,8 @@ def similarity_tile(
 
 @triton.jit(do_not_specialize=["N", "M", "t"])
 def _strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr,
-    stopped_ptr, N, M, D, stride_n, scale: tl.float64, t, table_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr,
+    found_ptr, stopped_ptr, N, M, D, stride_n, scale: tl.float64, t, table_ptr,
     FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,8 @@ def _strip_kernel(
 
     What the rows lacked before the round [B, P] (``found_ptr``), their new scalings [B, N], and the strip's part of the
     sums over columns [B, P, M]. FIRST: the offsets of its rows [B, N] (rounds.log_kernel), which bring their
-    largest entries to one, whether it holds what is not finite, and the largest entries by column. LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
+    largest entries to one, whether it holds what is not finite, and the largest entries by column.
+    LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
     """
     if table_ptr is not None:
         if is_idle(table_ptr):
@@ -398,7 +399,8 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
     weights_ptr, offset_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr,
-    rounds_ptr, history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
+    rounds_ptr, history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr,
+    HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 

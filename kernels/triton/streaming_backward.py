@@ -214,8 +214,8 @@ def _started_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters", "t"])
 def _adjoint_strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, sums_ptr,
-    pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr,
+    sums_ptr, pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): what a strip can do of a product with the plan by rows, then by columns.
