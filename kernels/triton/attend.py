@@ -10,10 +10,12 @@ from .places import wide
 from .rounds import (
     LN2,
     SMALLEST32,
+    are_tiny,
     crossed,
     divide,
     fits_one_piece,
     flat,
+    half_rounds,
     load_live,
     load_marginals,
     log_kernel,
@@ -21,6 +23,7 @@ from .rounds import (
     log_weights,
     product,
     rounds_while,
+    sign_of,
     store_round,
     tile_at,
     token_products,
@@ -118,6 +121,7 @@ def _attend_fwd_kernel(
     # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
     # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.
     K, poison, one_piece = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((), DTYPE), True
+    tiny = N < 0
     u, row_sums, log_u = tl.full((BLOCK_N,), 1.0, DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     v, log_v = tl.zeros((BLOCK_M,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
     t, more = 0, True
@@ -140,38 +144,46 @@ def _attend_fwd_kernel(
                 tl.store(similarity_out_ptr + item * N * M + at, unflat(similarity, BLOCK_N, BLOCK_M), mask=inside)
         again_rows, again_columns = rows + tl.maximum(-t, 0), columns + tl.maximum(-t, 0)
         a, b, _, _, _ = load_marginals(a_ptr, b_ptr, item, again_rows, again_columns, N, M, DTYPE)
-        L, shift, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
+        L, offset, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
         if t == 0:
             one_piece = fits_one_piece(range_L, a, b, DTYPE)
-            if one_piece:
-                log_u -= shift
-            else:
-                log_u = log_weights(a) - log_sum(L, log_v, 1)
-        if not one_piece:
-            log_v = log_weights(b) - log_sum(L, log_u, 0)
+            if part == 0:  # in memory until f is stored: no register is kept through the rounds
+                tl.store(f_ptr + item * N + rows, offset, mask=rows < N)
+            if a_ptr is not None or b_ptr is not None:
+                tiny = are_tiny(a, b, DTYPE) & ~one_piece
+        if tiny:
+            K, u, v, row_sums, log_u, log_v, t = half_rounds(
+                L, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
+            )
+            more = t < 0
+        else:
             if t == 0:
-                if HISTORY == HISTORY_ALL:
-                    store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
-                t += 1
-        K = tl.exp2((L + log_u[:, None]) + log_v[None, :])
-        v = tl.where(b == 0, 0.0, 1.0).to(DTYPE)
-        if DTYPE == tl.float32:  # float64 has digits to spare, and no registers
-            if not one_piece:  # what rounding took from both logarithms: it would add up from fold to fold
-                v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), SMALLEST32))
-        u, v, row_sums, t, more = rounds_while(
-            K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
-            STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M, CROSSED,
-        )  # fmt: skip
-        if more:
-            grown = log_u + log_weights(u)
-            u = tl.exp2(log_weights(u) - (grown - log_u))
-            log_u = grown
+                if not one_piece:
+                    log_u = log_weights(a) - log_sum(L, log_v, 1)
+            if not one_piece:
+                log_v = log_weights(b) - log_sum(L, log_u, 0)
+                if t == 0:
+                    if HISTORY == HISTORY_ALL:
+                        store_round(history_ptr, 0, log_u, log_v, N, M, part, BLOCK_N, BLOCK_M)
+                    t += 1
+            K = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+            v = tl.where(b == 0, 0.0, 1.0).to(DTYPE)
+            if DTYPE == tl.float32:  # float64 has digits to spare, and no registers
+                if not one_piece:  # what rounding took from both logarithms: it would add up from fold to fold
+                    v = divide(b, tl.maximum(tl.sum(K * u[:, None], 0), SMALLEST32))
+            u, v, row_sums, t, more = rounds_while(
+                K, a, b, v, log_u, log_v, t, one_piece, num_iters, tol, history_ptr, N, M, part,
+                STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M, CROSSED,
+            )  # fmt: skip
+            if more:
+                grown = log_u + log_weights(u)
+                u = tl.exp2(log_weights(u) - (grown - log_u))
+                log_u = grown
     plan = K * u[:, None] * v[None, :]
     # Loaded again: kept through the rounds, they would cost registers that a tile of 128 x 128 does not leave.
     a, b, total_a, total_b, has_mass = load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE)
     poison += total_a * 0 + total_b * 0
     if part == 0:
-        shift = tl.where(one_piece, tl.max(-log_u), 0.0)
         log_u += log_weights(u)
         log_v += log_weights(v)
         if HISTORY == HISTORY_LAST:
@@ -182,9 +194,11 @@ def _attend_fwd_kernel(
                 store_round(history_ptr, rest, tl.zeros_like(u), tl.zeros_like(v), N, M, part, BLOCK_N, BLOCK_M)
         if HISTORY != HISTORY_NONE:
             tl.store(history_ptr - 2, tl.where(one_piece, 1.0, 0.0))
-            tl.store(history_ptr - 1, shift)
+            tl.store(history_ptr - 1, 0.0)
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit
-        f = tl.where(a == 0, float("-inf"), log_u * unit) + poison
+        tl.debug_barrier()
+        offset = tl.load(f_ptr + item * N + rows, mask=rows < N, other=0.0) * sign_of(scale, DTYPE)
+        f = tl.where(a == 0, float("-inf"), log_u * unit - offset) + poison
         g = tl.where(b == 0, float("-inf"), log_v * unit) + poison
         tl.store(f_ptr + item * N + rows, f, mask=rows < N)
         tl.store(g_ptr + item * M + columns, g, mask=columns < M)

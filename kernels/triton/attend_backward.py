@@ -12,7 +12,18 @@ import triton.language as tl
 
 from .attend import dot_split, split
 from .places import wide
-from .rounds import column_sums, crossed, inverse_norm, load_marginals, load_round, log_kernel, tile_product
+from .rounds import (
+    LEAST,
+    column_sums,
+    crossed,
+    inverse_norm,
+    load_marginals,
+    load_passed,
+    load_round,
+    log_kernel,
+    log_weights,
+    tile_product,
+)
 
 DETACH = tl.constexpr(0)
 UNROLL = tl.constexpr(1)
@@ -73,18 +84,19 @@ def unroll_log(
     own sums, not by the marginals that those would be.
     """
     grad_a, grad_b = tl.zeros_like(inverse_a), tl.zeros_like(inverse_b)
+    log_a, log_b = -log_weights(inverse_a), -log_weights(inverse_b)  # sums near one, however small the weights
     t = num_rounds - 1
     log_u, log_v = load_round(history_ptr, tl.maximum(t, 0), N, M, BLOCK_N, BLOCK_M)
     while t >= 0:
         log_u_before, log_v_before = load_round(history_ptr, tl.maximum(t - 1, 0), N, M, BLOCK_N, BLOCK_M)
         if t == 0:
             log_v_before = tl.zeros_like(log_v)
-        plan = tl.exp2((L + log_u[:, None]) + log_v[None, :])
+        plan = tl.exp2((L + log_u[:, None]) + (log_v - log_b)[None, :])
         pulled = plan * (d_log_v * inverse(tl.sum(plan, 0)))[None, :]
         grad_b += d_log_v
         d_log_u -= tl.sum(pulled, 1)
         G -= pulled
-        plan = tl.exp2((L + log_u[:, None]) + log_v_before[None, :])
+        plan = tl.exp2((L + (log_u - log_a)[:, None]) + log_v_before[None, :])
         pulled = plan * (d_log_u * inverse(tl.sum(plan, 1)))[:, None]
         grad_a += d_log_u
         d_log_v = -tl.sum(pulled, 0)
@@ -129,9 +141,14 @@ def implicit(plan, d_log_u, d_log_v, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def store_weight_gradient(grad_ptr, ptr, grad, weights, total, poison, item, size, BLOCK: tl.constexpr):
-    """Through the division by the sum; zero weights are padding, and get no gradient."""
+    """Through the divisions by the sum and by the largest, which is a constant; weights that are zero (padding) or were
+    raised to LEAST get no gradient."""
     index = tl.arange(0, BLOCK)
+    passed = load_passed(ptr, item * size + index, index < size, weights.dtype)
+    largest = tl.max(passed)
     grad = (grad - tl.sum(grad * weights)) / total
+    grad = grad.to(passed.dtype) / tl.where(largest == 0, 1.0, largest)
+    grad = tl.where(passed / tl.where(largest == 0, 1.0, largest) < LEAST, 0.0, grad)
     grad = tl.where(weights == 0, 0.0, grad + poison)
     tl.store(grad_ptr + item * size + index, grad.to(grad_ptr.dtype.element_ty), mask=index < size)
 
@@ -228,12 +245,12 @@ def _attend_bwd_kernel(
     L, _, _, poison = log_kernel(similarity, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
     history_ptr += item * (2 + wide(num_iters if MODE == UNROLL else 1) * (N + M)) + 2
-    one_piece, shift = tl.load(history_ptr - 2) != 0, tl.load(history_ptr - 1)
+    one_piece = tl.load(history_ptr - 2) != 0
     num_rounds = tl.load(rounds_ptr + item)
     last = tl.maximum(num_rounds - 1, 0) if MODE == UNROLL else 0
     u, v = load_round(history_ptr, last, N, M, BLOCK_N, BLOCK_M)
     if one_piece:
-        plan = tl.exp2(L - shift) * u[:, None] * v[None, :]
+        plan = tl.exp2(L) * u[:, None] * v[None, :]
     else:
         plan = tl.exp2((L + u[:, None]) + v[None, :])
         plan *= (b * inverse(tl.sum(plan, 0)))[None, :]  # the history is rounded, but the columns came last
@@ -254,7 +271,7 @@ def _attend_bwd_kernel(
             if one_piece:
                 H = grad_plan * u[:, None] * v[None, :]
                 G, grad_a, grad_b = unroll_scaling(
-                    tl.exp2(L - shift), H, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
+                    tl.exp2(L), H, d_log_u, d_log_v, inverse_a, inverse_b, num_rounds, history_ptr, N, M,
                     BLOCK_N, BLOCK_M, CROSSED,
                 )  # fmt: skip
             else:

@@ -16,8 +16,8 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, log_entries, log_scale, spread
-from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, pack, whole, wide
+from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, half_round, lacking, sign_of, spread
+from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, log_tile, pack, wide
 
 
 @triton.constexpr_function
@@ -55,40 +55,14 @@ def part_of(BLOCK_N, CTAS):
 
 @triton.jit
 def load_log(
-    ptr, a, b, stride_n, N, M, scale,
+    ptr, offset_ptr, a, b, stride_n, N, M, scale,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """L [BLOCK_N, BLOCK_M] from this address on, -inf at padding, whatever is there."""
+    """L [BLOCK_N, BLOCK_M] from this address on, of what is below the offsets; -inf at padding, whatever is there."""
     similarity = load_tile(ptr, stride_n, N, M, BLOCK_N, BLOCK_M, tile_shape(BLOCK_N, BLOCK_M, CTAS, WARPS))
-    high, low = log_scale(scale, a.dtype)
-    L = log_entries(similarity.to(a.dtype), high, low)
-    return tl.where((a != 0)[:, None] & (b != 0)[None, :], L, float("-inf"))
-
-
-@triton.jit
-def apart(scaling, exponent):
-    """A number between one and two, or zero, and the whole exponent of two that it is to be multiplied by."""
-    grown = whole(tl.log2(scaling))
-    return scaling * tl.exp2(-grown), exponent + grown
-
-
-@triton.jit
-def half_round(L, weights, scaling, exponent, AXIS: tl.constexpr, smallest):
-    """Over AXIS: what scales its sums of exp2(L + exponent) scaling to the weights, as ``apart`` has it.
-
-    Whole numbers are added to each other first: an entry that matters is then rounded no further than L is.
-    """
-    along = tl.expand_dims(exponent, 1 - AXIS)
-    largest = whole(tl.max(L + along, AXIS))
-    terms = tl.exp2(L + (along - tl.expand_dims(largest, AXIS))) * tl.expand_dims(scaling, 1 - AXIS)
-    return apart(divide(weights, tl.maximum(tl.sum(terms, AXIS), smallest)), -largest)
-
-
-@triton.jit
-def lacking(L, a, u, e_u, v, e_v):
-    """The L1 error of the row sums."""
-    sums = tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :], 1)
-    return tl.sum(tl.abs(u * sums - a))
+    rows = tl.arange(0, BLOCK_N)
+    offset = load_lines(offset_ptr, rows, rows < N)[:, None]
+    return log_tile(similarity.to(a.dtype), offset, a != 0, b != 0, scale, a.dtype)
 
 
 @triton.jit
@@ -100,8 +74,8 @@ def store_lines(ptr, u, v, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _rounds_kernel(
-    matrix_ptr, weights_ptr, items_ptr, first_ptr, exponent_ptr, scaling_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
-    history_ptr, N, M, stride_n, scale: tl.float64, num_iters, tol: tl.float64,
+    matrix_ptr, weights_ptr, offset_ptr, items_ptr, first_ptr, exponent_ptr, scaling_ptr, f_ptr, g_ptr, error_ptr,
+    rounds_ptr, history_ptr, N, M, stride_n, scale: tl.float64, num_iters, tol: tl.float64,
     STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +94,7 @@ def _rounds_kernel(
     apart_ab = spread(a) + spread(b)  # now, not beside the tile: it leaves few registers
     limit: tl.constexpr = RANGE64 if DTYPE == tl.float64 else RANGE32
     matrix_ptr += item * N * stride_n
+    offset_ptr += item * N
     first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
     # A few rows at a time, and then all again: what is looked for here would not fit beside the tile.
     PART: tl.constexpr = part_of(BLOCK_N, CTAS)
@@ -129,7 +104,7 @@ def _rounds_kernel(
         part = first + tl.arange(0, PART)
         a_part, e_part = load_lines(weights_ptr + lines, part, part < N), load_lines(first_u_ptr, part, part < N)
         ptr = matrix_ptr + wide(first) * stride_n
-        L = load_log(ptr, a_part, b, stride_n, N - first, M, scale, PART, BLOCK_M, CTAS, WARPS)
+        L = load_log(ptr, offset_ptr + first, a_part, b, stride_n, N - first, M, scale, PART, BLOCK_M, CTAS, WARPS)
         L = (L + e_part[:, None]) + e_v[None, :]  # nowhere more than one
         least = tl.minimum(least, tl.min(tl.where(L == float("-inf"), 0.0, L), 1))
     entries = (1.0 - tl.min(least)) * LN2
@@ -145,7 +120,7 @@ def _rounds_kernel(
     t, more = 0, num_iters > 0
     if one_piece:
         e_u, e_v = load_lines(first_u_ptr, rows, rows < N), load_lines(first_v_ptr, columns, columns < M)
-        tile = load_log(matrix_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
+        tile = load_log(matrix_ptr, offset_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
         tile = tl.exp2((tile + e_u[:, None]) + e_v[None, :])
         v *= tl.exp2(-e_v)  # what is one before K is scaled
         sums = tl.sum(tile * v[None, :], 1)
@@ -164,7 +139,7 @@ def _rounds_kernel(
         e_u = load_lines(first_u_ptr + again, rows, rows < N)
         e_v = load_lines(first_v_ptr + again, columns, columns < M)
     else:
-        tile = load_log(matrix_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
+        tile = load_log(matrix_ptr, offset_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
         e_u, e_v = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
         while more:
             u, e_u = half_round(tile, a, v, e_v, 1, smallest)
@@ -193,5 +168,6 @@ def _rounds_kernel(
     store_lines(exponent_ptr + lines, e_u, e_v, N, M, BLOCK_N, BLOCK_M)
     store_lines(scaling_ptr + lines, u, v, N, M, BLOCK_N, BLOCK_M)
     unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)  # f = log2(u) unit; log2(0) is -inf
-    tl.store(f_ptr + item * N + rows, (tl.log2(u) + e_u) * unit + poison, mask=rows < N)
+    offset = load_lines(offset_ptr, rows, rows < N) * sign_of(scale, DTYPE)
+    tl.store(f_ptr + item * N + rows, ((tl.log2(u) + e_u) * unit - offset) + poison, mask=rows < N)
     tl.store(g_ptr + item * M + columns, (tl.log2(v) + e_v) * unit + poison, mask=columns < M)

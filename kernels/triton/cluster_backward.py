@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .attend_backward import inverse
 from .cluster import load_log
+from .rounds import apart
 from .streaming import load_lines, unpack, wide
 
 
@@ -26,17 +27,21 @@ def load_side(ptr, first_ptr, index, inside, one_piece):
 @triton.jit
 def product(tile, e_u, e_v, factor, one_piece, AXIS: tl.constexpr):
     """Over AXIS, along which ``factor`` lies: the sums of K times it. The tile is K itself, or L."""
-    along = tl.expand_dims(factor, 1 - AXIS)
     if one_piece:
-        sums = tl.sum(tile * along, AXIS)
-    else:
-        sums = tl.sum(tl.exp2(tile + (e_u[:, None] + e_v[None, :])) * along, AXIS)
+        sums = tl.sum(tile * tl.expand_dims(factor, 1 - AXIS), AXIS)
+    else:  # where a weight is small the plan is, and what is pulled is large
+        factor, grown = apart(factor, tl.zeros_like(factor))
+        if AXIS == 1:
+            e_v += grown
+        else:
+            e_u += grown
+        sums = tl.sum(tl.exp2(tile + (e_u[:, None] + e_v[None, :])) * tl.expand_dims(factor, 1 - AXIS), AXIS)
     return sums
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _adjoint_rounds_kernel(
-    matrix_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
+    matrix_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
     N, M, stride_n, scale: tl.float64, num_iters,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +57,8 @@ def _adjoint_rounds_kernel(
     rounds, one_piece = tl.load(rounds_ptr + item), tl.load(history_ptr - 1) != 0
     a, b = load_lines(weights_ptr + lines, rows, in_x), load_lines(weights_ptr + lines + N, columns, in_y)
     tile = load_log(
-        matrix_ptr + item * N * stride_n, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS
+        matrix_ptr + item * N * stride_n, offset_ptr + item * N, a, b, stride_n, N, M, scale,
+        BLOCK_N, BLOCK_M, CTAS, WARPS,
     )  # fmt: skip
     if one_piece:
         first_u, first_v = load_lines(first_u_ptr, rows, in_x), load_lines(first_v_ptr, columns, in_y)

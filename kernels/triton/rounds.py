@@ -31,6 +31,12 @@ GROWN = tl.constexpr(256.0)
 SMALLEST32 = tl.constexpr(1e-37)
 SMALLEST64 = tl.constexpr(1e-300)
 
+# Of an item's largest weight: what a live one is at least (docs/numerics.md).
+LEAST = tl.constexpr(1e-30)
+
+LARGEST32 = tl.constexpr(3.4028234663852886e38)  # the largest finite numbers
+LARGEST64 = tl.constexpr(1.7976931348623157e308)
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -54,15 +60,33 @@ def tile_product(x, y, total, CROSSED: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_passed(ptr, at, inside, DTYPE: tl.constexpr):
+    """Weights as passed, in the wider of their own precision and the solve's, zero beyond the item."""
+    PASSED: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else DTYPE
+    return tl.load(ptr + at, mask=inside, other=0).to(PASSED)
+
+
+@triton.jit
+def over_largest(passed, largest):
+    """Weights over the largest of their item, a live one at least LEAST: their sum does not overflow, and no inverse.
+
+    The result does not depend on what all weights are divided by.
+    """
+    weights = passed / tl.where(largest == 0, 1.0, largest)
+    weights = tl.where(weights < LEAST, LEAST, weights)
+    # Negative weights have no transport: NaN, as no exception can be raised here.
+    return tl.where(passed == 0, 0.0, tl.where(passed < 0, float("nan"), weights))
+
+
+@triton.jit
 def load_weights(ptr, item, index, size, DTYPE: tl.constexpr):
-    """Weights [BLOCK] as passed, zero beyond the item, and their sum. None is one each; a mask is one or zero."""
+    """Weights [BLOCK] over their largest, zero beyond the item, and their sum. None is one each; a mask one or zero."""
     inside = index < size
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
-        # Negative weights have no transport: NaN, as no exception can be raised here.
-        weights = tl.load(ptr + item * size + index, mask=inside, other=0).to(DTYPE)
-        weights = tl.where(weights < 0, float("nan"), weights)
+        passed = load_passed(ptr, item * size + index, inside, DTYPE)
+        weights = over_largest(passed, tl.max(passed)).to(DTYPE)
     return weights, tl.sum(weights)
 
 
@@ -77,7 +101,8 @@ def load_live(ptr, item, index, size):
 
 @triton.jit
 def load_marginals(a_ptr, b_ptr, item, rows, columns, N, M, DTYPE: tl.constexpr):
-    """Both marginals, summing to one, and what they were divided by; an item without mass is zero on both sides."""
+    """Both marginals, summing to one, and what they were divided by after their largest; an item without mass is zero
+    on both sides."""
     a, total_a = load_weights(a_ptr, item, rows, N, DTYPE)
     b, total_b = load_weights(b_ptr, item, columns, M, DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
@@ -169,16 +194,42 @@ def inverse_norm(square):
 
 
 @triton.jit
+def sign_of(scale, DTYPE: tl.constexpr):
+    """One for a similarity, minus one for a cost."""
+    return tl.where(tl.full((), scale, tl.float64) < 0, -1.0, 1.0).to(DTYPE)
+
+
+@triton.jit
+def below(values, offset):
+    """``values - offset``, finite: infinity times both parts of the scale would be NaN."""
+    most: tl.constexpr = LARGEST64 if values.dtype == tl.float64 else LARGEST32
+    rest = values - offset
+    return tl.where(rest > most, most, tl.where(rest < -most, -most, rest))
+
+
+@triton.jit
+def offsets(largest):
+    """The offset of a row whose largest value is this; of a row of padding, zero."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
 def log_kernel(similarity, live, scale, DTYPE: tl.constexpr):
-    """L [BLOCK_N, BLOCK_M], -inf at padding; its largest entry; its range, in
-    natural logarithms; and zero or, if any entry is not finite, NaN."""
+    """L [BLOCK_N, BLOCK_M] of what a row's entries are below the largest similarity (above the smallest cost) of
+    the row, -inf at padding; that largest similarity or smallest cost; the largest range of a row, in natural
+    logarithms; and zero or, if any entry is not finite, NaN.
+
+    The difference is taken before the scale rounds it, by the size of what is left. It belongs to f, and the
+    plan does not depend on it.
+    """
     high, low = log_scale(scale, DTYPE)
+    sign = sign_of(scale, DTYPE)
     similarity = tl.where(live, similarity, 0.0)
     poison = tl.sum(tl.sum(similarity * 0.0, 1))
-    L = tl.where(live, log_entries(similarity, high, low), float("-inf"))
-    largest = tl.max(tl.max(L, 1))
-    smallest = tl.min(tl.min(tl.where(L == float("-inf"), float("inf"), L), 1))
-    return L, largest, (largest - smallest) * LN2, poison
+    offset = offsets(tl.max(tl.where(live, similarity * sign, float("-inf")), 1)) * sign
+    L = log_entries(below(similarity, offset[:, None]), high, low)
+    smallest = tl.min(tl.min(tl.where(live, L, 0.0), 1))
+    return tl.where(live, L, float("-inf")), offset, -smallest * LN2, poison
 
 
 @triton.jit
@@ -303,6 +354,69 @@ def rounds_while(
 def has_grown(scalings):
     """One where a scaling has left 1 / GROWN … GROWN, or else zero, as at padding."""
     return tl.where((scalings > GROWN) | ((scalings != 0) & (scalings < 1 / GROWN)), 1, 0)
+
+
+@triton.jit
+def whole(exponent):
+    """A whole number near ``exponent``, zero where that is infinite."""
+    return tl.where(tl.abs(exponent) == float("inf"), 0.0, tl.floor(exponent))
+
+
+@triton.jit
+def apart(scaling, exponent):
+    """A number whose size is between one and two, or zero, and the exponent of two that it is to be multiplied by."""
+    grown = whole(tl.log2(tl.abs(scaling)))
+    return scaling * tl.exp2(-grown), exponent + grown
+
+
+@triton.jit
+def half_round(L, weights, scaling, exponent, AXIS: tl.constexpr, smallest):
+    """Over AXIS: what scales its sums of exp2(L + exponent) scaling to the weights, as ``apart`` has it.
+
+    Whole numbers are added to each other first: an entry that matters is then rounded no further than L is.
+    """
+    along = tl.expand_dims(exponent, 1 - AXIS)
+    largest = whole(tl.max(L + along, AXIS))
+    terms = tl.exp2(L + (along - tl.expand_dims(largest, AXIS))) * tl.expand_dims(scaling, 1 - AXIS)
+    return apart(divide(weights, tl.maximum(tl.sum(terms, AXIS), smallest)), -largest)
+
+
+@triton.jit
+def lacking(L, a, u, e_u, v, e_v):
+    """The L1 error of the row sums."""
+    sums = tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :], 1)
+    return tl.sum(tl.abs(u * sums - a))
+
+
+@triton.jit
+def are_tiny(a, b, DTYPE: tl.constexpr):
+    """Whether a sum of rounds_while, which may be as small as the product of two weights squared, is below float32."""
+    least = tl.min(tl.where(a == 0, 1.0, a)) * 1e18 * tl.min(tl.where(b == 0, 1.0, b))
+    return (least < 1.0) & (DTYPE == tl.float32)
+
+
+@triton.jit
+def half_rounds(
+    L, a, b, num_iters, tol, history_ptr, N, M, part,
+    STOPS: tl.constexpr, ALL_ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """All rounds in whole exponents that move at every half round, as cluster.py runs them: no sum of these vanishes,
+    whatever the weights. What rounds_while returns, after K; with the exponents that K holds."""
+    smallest: tl.constexpr = SMALLEST64 if L.dtype == tl.float64 else SMALLEST32
+    u, v = tl.where(a == 0, 0.0, 1.0).to(L.dtype), tl.where(b == 0, 0.0, 1.0).to(L.dtype)
+    e_u, e_v = tl.zeros((BLOCK_N,), L.dtype), tl.zeros((BLOCK_M,), L.dtype)
+    t, more = 0, num_iters > 0
+    while more:
+        u, e_u = half_round(L, a, v, e_v, 1, smallest)
+        v, e_v = half_round(L, b, u, e_u, 0, smallest)
+        if ALL_ROUNDS:
+            store_round(history_ptr, t, e_u + log_weights(u), e_v + log_weights(v), N, M, part, BLOCK_N, BLOCK_M)
+        t += 1
+        more = t < num_iters
+        if STOPS:
+            more = more & ~(lacking(L, a, u, e_u, v, e_v) < tol)
+    K = tl.exp2((L + e_u[:, None]) + e_v[None, :])
+    return K, u, v, u * tl.sum(K * v[None, :], 1), e_u, e_v, t
 
 
 @triton.jit

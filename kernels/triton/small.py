@@ -15,7 +15,23 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .rounds import INTERPRETED, LN2, RANGE32, RANGE64, divide, log_entries, log_scale, log_weights
+from .rounds import (
+    INTERPRETED,
+    LN2,
+    RANGE32,
+    RANGE64,
+    SMALLEST32,
+    below,
+    divide,
+    half_round,
+    load_passed,
+    log_entries,
+    log_scale,
+    log_weights,
+    offsets,
+    over_largest,
+    sign_of,
+)
 
 # As in attend.py, whose other code is none of this kernel's.
 HISTORY_NONE = tl.constexpr(0)
@@ -29,13 +45,13 @@ WHOLE = tl.constexpr(32)
 
 @triton.jit
 def load_weights(ptr, at, inside, DTYPE: tl.constexpr):
-    """Weights [BLOCK, ITEMS] as passed, zero beyond the item, and their sums. None is one each, a mask one or zero."""
+    """Weights [BLOCK, ITEMS] over their largest, zero beyond the item, and their sums. None is one each, a mask one or
+    zero."""
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
-        # Negative weights have no transport: NaN, as no exception can be raised here.
-        weights = tl.load(ptr + at, mask=inside, other=0).to(DTYPE)
-        weights = tl.where(weights < 0, float("nan"), weights)
+        passed = load_passed(ptr, at, inside, DTYPE)
+        weights = over_largest(passed, tl.max(passed, 0)[None, :]).to(DTYPE)
     return weights, tl.sum(weights, 0)
 
 
@@ -44,7 +60,8 @@ def load_marginals(
     a_ptr, b_ptr, first, left, N, M, step,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Both marginals, summing to one; what they were divided by; which items have mass: others are zero on both sides.
+    """Both marginals, summing to one; what they were divided by after their largest; which items have mass: others are
+    zero on both sides.
 
     Of uniform ones what they were divided by is one.
     """
@@ -80,7 +97,8 @@ def entries_at(first, left, N, M, step, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
-    """L, -inf at padding; and per item zero or, if any entry is not finite, NaN.
+    """L as rounds.log_kernel has it; the smallest cost of each row; and per item zero or, if any entry is not finite,
+    NaN.
 
     All entries ``inside`` are read: with a mask made of weights a thread would read them one by one.
     """
@@ -88,7 +106,10 @@ def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
     cost = tl.load(cost_ptr + at, mask=inside, other=0.0).to(DTYPE)
     cost = tl.where(live, cost, 0.0)
     poison = tl.sum(row_sums(cost, tl.zeros((cost.shape[1], cost.shape[2]), DTYPE)), 0)
-    return tl.where(live, log_entries(cost, high, low), float("-inf")), poison
+    sign = sign_of(scale, DTYPE)
+    offset = offsets(tl.max(tl.where(live, cost * sign, float("-inf")), 1)) * sign
+    L = log_entries(below(cost, offset[:, None, :]), high, low)
+    return tl.where(live, L, float("-inf")), offset, poison
 
 
 @triton.jit
@@ -100,10 +121,9 @@ def spread(weights):
 
 
 @triton.jit
-def fits_one_piece(L, live, largest, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
+def fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
     """Which items may be solved in scalings, as rounds.fits_one_piece; those without mass may."""
-    smallest = tl.min(tl.min(tl.where(live, L, float("inf")), 1), 0)
-    entries = (largest - smallest) * LN2
+    entries = -tl.min(tl.min(tl.where(live, L, 0.0), 1), 0) * LN2
     limit = RANGE64 if DTYPE == tl.float64 else RANGE32
     whole = entries
     if a_ptr is not None:
@@ -306,6 +326,51 @@ def log_rounds(
     return K * u[:, None, :] * v[None, :, :], log_u + log_weights(u), log_v + log_weights(v), u * rows, rounds
 
 
+@triton.jit
+def are_tiny(a, b, DTYPE: tl.constexpr):
+    """Of each item, as rounds.are_tiny."""
+    least = tl.min(tl.where(a == 0, 1.0, a), 0) * 1e18 * tl.min(tl.where(b == 0, 1.0, b), 0)
+    return (least < 1.0) & (DTYPE == tl.float32)
+
+
+@triton.jit
+def half_rounds(
+    L, live, a, b, active, num_iters, tol, history_ptr, first, left, B, M,
+    STOPS: tl.constexpr, HISTORY: tl.constexpr, BLOCK_M: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """``log_rounds`` of items with tiny weights: in whole exponents, as rounds.half_rounds."""
+    kept = active
+    u, v = tl.where(a == 0, 0.0, 1.0).to(L.dtype), tl.where(b == 0, 0.0, 1.0).to(L.dtype)
+    e_u, e_v, log_v_before = tl.zeros_like(a), tl.zeros_like(b), tl.zeros_like(b)
+    rounds = tl.zeros((ITEMS,), tl.int32)
+    t, more = 0, num_iters > 0
+    while more:
+        log_v = e_v + log_weights(v)
+        if HISTORY == HISTORY_ALL:
+            if t > 0:
+                store_kept(history_ptr, t - 1, log_v, kept, first, left, B, M, BLOCK_M, ITEMS)
+        if HISTORY == HISTORY_LAST:
+            log_v_before = tl.where(active[None, :], log_v, log_v_before)
+        new_u, new_e_u = half_round(L, a, v, e_v, 1, SMALLEST32)
+        new_v, new_e_v = half_round(L, b, new_u, new_e_u, 0, SMALLEST32)
+        u, e_u = tl.where(active[None, :], new_u, u), tl.where(active[None, :], new_e_u, e_u)
+        v, e_v = tl.where(active[None, :], new_v, v), tl.where(active[None, :], new_e_v, e_v)
+        rounds += tl.where(active, 1, 0)
+        t += 1
+        more = t < num_iters
+        if STOPS:
+            plan = tl.exp2((L + e_u[:, None, :]) + e_v[None, :, :]) * v[None, :, :]
+            active = active & ~(error_of(u, tl.sum(plan, 1), a) < tol)
+            more = more & is_any(active)
+    if HISTORY == HISTORY_LAST:
+        store_kept(history_ptr, 0, log_v_before, kept, first, left, B, M, BLOCK_M, ITEMS)
+    if STOPS and HISTORY == HISTORY_ALL:
+        for rest in range(tl.maximum(t, 1), num_iters):
+            store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
+    plan = tl.where(live, tl.exp2((L + e_u[:, None, :]) + e_v[None, :, :]) * u[:, None, :] * v[None, :, :], 0.0)
+    return plan, e_u + log_weights(u), e_v + log_weights(v), tl.sum(plan, 1), rounds
+
+
 @triton.jit(do_not_specialize=["B", "N", "M", "step", "num_iters"])
 def _small_fwd_kernel(
     cost_ptr, a_ptr, b_ptr, plan_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr, history_ptr,
@@ -325,36 +390,48 @@ def _small_fwd_kernel(
     )
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
-    L, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+    L, offset, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    shift = tl.max(tl.max(L, 1), 0)
-    one_piece = fits_one_piece(L, live, shift, a, b, a_ptr, b_ptr, has_mass, DTYPE)
-    shift += poison  # and so goes into all that is made of K
+    one_piece = fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE)
     if HISTORY != HISTORY_NONE:
         tl.store(history_ptr + first + lanes, tl.where(one_piece, 1.0, 0.0), mask=lanes < left)
-        tl.store(history_ptr + B + first + lanes, shift, mask=lanes < left)
+        tl.store(history_ptr + B + first + lanes, poison, mask=lanes < left)
 
-    K = tl.where(live, power(L - shift[None, None, :]), 1.0)
+    K = tl.where(live, power(L + poison[None, None, :]), 1.0)
     u, v, rows, rounds = scaling_rounds(
         K, a, b, one_piece, has_mass, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
     )
     plan = K * u[:, None, :] * v[None, :, :]
-    log_u, log_v = tl.log2(tl.where(a == 0, 1.0, u)) - shift[None, :], tl.log2(tl.where(b == 0, 1.0, v))
+    log_u, log_v = tl.log2(tl.where(a == 0, 1.0, u)) + poison[None, :], tl.log2(tl.where(b == 0, 1.0, v))
     rows *= u
-    if is_any(~one_piece):
+    tiny = one_piece & ~one_piece
+    if a_ptr is not None or b_ptr is not None:
+        tiny = are_tiny(a, b, DTYPE) & ~one_piece
+        if is_any(tiny):
+            at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
+            L, _offset, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+            L += again[None, None, :]
+            other_plan, other_u, other_v, other_rows, other_rounds = half_rounds(
+                L, live, a, b, tiny, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
+            )
+            plan = tl.where(tiny[None, None, :], other_plan, plan)
+            log_u, log_v = tl.where(tiny[None, :], other_u, log_u), tl.where(tiny[None, :], other_v, log_v)
+            rows, rounds = tl.where(tiny[None, :], other_rows, rows), tl.where(tiny, other_rounds, rounds)
+    folds = ~(one_piece | tiny)
+    if is_any(folds):
         # Read again: kept through the rounds, it would cost as many registers as K.
         at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-        L, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+        L, _offset, again = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
         L += again[None, None, :]
         other_plan, other_u, other_v, other_rows, other_rounds = log_rounds(
-            L, live, a, b, ~one_piece, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
+            L, live, a, b, folds, num_iters, tol, history_ptr, first, left, B, M, STOPS, HISTORY, BLOCK_M, ITEMS
         )
-        plan = tl.where(one_piece[None, None, :], plan, other_plan)
-        log_u, log_v = tl.where(one_piece[None, :], log_u, other_u), tl.where(one_piece[None, :], log_v, other_v)
-        rows, rounds = tl.where(one_piece[None, :], rows, other_rows), tl.where(one_piece, rounds, other_rounds)
+        plan = tl.where(folds[None, None, :], other_plan, plan)
+        log_u, log_v = tl.where(folds[None, :], other_u, log_u), tl.where(folds[None, :], other_v, log_v)
+        rows, rounds = tl.where(folds[None, :], other_rows, rows), tl.where(folds, other_rounds, rounds)
 
     unit = (tl.full((), unit, tl.float64) * LN2).to(DTYPE)  # f = log2(u) unit
-    f = tl.where(a == 0, poison[None, :] - float("inf"), log_u * unit)
+    f = tl.where(a == 0, poison[None, :] - float("inf"), log_u * unit - offset * sign_of(scale, DTYPE))
     g = tl.where(b == 0, poison[None, :] - float("inf"), log_v * unit)
     n, m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     tl.store(f_ptr + first * N + (lanes[None, :] * N + n * step), f, mask=(n < N) & (lanes < left)[None, :])

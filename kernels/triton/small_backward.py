@@ -7,7 +7,7 @@ scalings that a round began with; what else a round made is made again from them
 import triton
 import triton.language as tl
 
-from .rounds import divide
+from .rounds import LEAST, divide, load_passed
 from .small import column_sums, entries_at, is_any, load_marginals, log_kernel, row_sums
 
 UNROLL = tl.constexpr(1)
@@ -163,15 +163,19 @@ def implicit(plan, d_log_u, d_log_v, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def store_weight_gradient(
-    grad_ptr, grad, weights, total, poison, first, left, size, step, BLOCK: tl.constexpr, ITEMS: tl.constexpr
+    grad_ptr, ptr, grad, weights, total, poison, first, left, size, step, BLOCK: tl.constexpr, ITEMS: tl.constexpr
 ):  # fmt: skip
-    """Through the division by the sum; zero weights are padding, and get no gradient."""
+    """As attend_backward.store_weight_gradient."""
     index, lanes = tl.arange(0, BLOCK)[:, None], tl.arange(0, ITEMS)[None, :]
+    at, inside = first * size + (lanes * size + index * step), (index < size) & (lanes < left)
+    passed = load_passed(ptr, at, inside, weights.dtype)
+    largest = tl.max(passed, 0)[None, :]
+    largest = tl.where(largest == 0, 1.0, largest)
     grad = tl.where(weights == 0, 0.0, grad)
     grad = (grad - tl.sum(grad * weights, 0)[None, :]) / total[None, :]
+    grad = tl.where(passed / largest < LEAST, 0.0, grad.to(passed.dtype) / largest)
     grad = tl.where(weights == 0, 0.0, grad + poison[None, :])
-    at = first * size + (lanes * size + index * step)
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=(index < size) & (lanes < left))
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "N", "M", "step"])
@@ -195,13 +199,12 @@ def _small_bwd_kernel(
     live_x, live_y = a != 0, b != 0
     live = live_x[:, None, :] & live_y[None, :, :]
     at, inside = entries_at(first, left, N, M, step, BLOCK_N, BLOCK_M, ITEMS)
-    L, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
+    L, _offset, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
     G = tl.zeros((BLOCK_N, BLOCK_M, ITEMS), DTYPE)
     grad_a, grad_b = tl.zeros_like(a), tl.zeros_like(b)
     if MODE == UNROLL or MODE == IMPLICIT:
         one_piece = tl.load(history_ptr + first + lanes, mask=lanes < left, other=1.0) != 0
-        shift = tl.load(history_ptr + B + first + lanes, mask=lanes < left, other=0.0)
         num_rounds = tl.load(rounds_ptr + first + lanes, mask=lanes < left, other=0)
         place = num_rounds - 2 if MODE == UNROLL else tl.where(num_rounds > 1, 0, -1)
         first_v = tl.where(one_piece[None, :] & live_y, 1.0, 0.0).to(DTYPE)
@@ -213,7 +216,7 @@ def _small_bwd_kernel(
         grad_plan = load_or_zero(grad_plan_ptr, at, live & inside, DTYPE, L)
 
         # The last round again, then back from it: in scalings, and where the program has such items in logarithms.
-        K = tl.where(live, tl.exp2(L - shift[None, None, :]), 1.0)
+        K = tl.where(live, tl.exp2(L + poison[None, None, :]), 1.0)
         u = divide(a, row_sums(K, v))
         outer = u[:, None, :] * divide(b, column_sums(K, u))[None, :, :]
         plan = tl.where(live, K * outer, 0.0)
@@ -243,8 +246,8 @@ def _small_bwd_kernel(
             grad_a, grad_b = implicit(plan, tl.sum(G, 1) + sent_x, tl.sum(G, 0) + sent_y, BLOCK_M)
             G -= plan * (grad_a[:, None, :] + grad_b[None, :, :])
     if grad_a_ptr is not None:
-        store_weight_gradient(grad_a_ptr, grad_a, a, total_a, poison, first, left, N, step, BLOCK_N, ITEMS)
+        store_weight_gradient(grad_a_ptr, a_ptr, grad_a, a, total_a, poison, first, left, N, step, BLOCK_N, ITEMS)
     if grad_b_ptr is not None:
-        store_weight_gradient(grad_b_ptr, grad_b, b, total_b, poison, first, left, M, step, BLOCK_M, ITEMS)
+        store_weight_gradient(grad_b_ptr, b_ptr, grad_b, b, total_b, poison, first, left, M, step, BLOCK_M, ITEMS)
     grad = tl.where(live, G, 0.0) * tl.full((), scale, tl.float64).to(DTYPE) + poison[None, None, :]
     tl.store(grad_cost_ptr + at, grad.to(cost_ptr.dtype.element_ty), mask=inside)

@@ -24,17 +24,23 @@ from .rounds import (
     LN2,
     SMALLEST32,
     SMALLEST64,
+    apart,
     divide,
     inverse_norm,
+    load_passed,
     log_entries,
     log_scale,
     log_weights,
+    offsets,
+    over_largest,
+    sign_of,
     token_products,
+    whole,
 )
 
 # A scaling beyond 2^±GROWN gives its power of two away. Entries of K below 2^-126 are zero: times two scalings that are
 # not to grow beyond, and what one round adds, they are no part of a plan whose entries sum to one.
-GROWN = tl.constexpr(24.0)
+GROWN = tl.constexpr(4.0)
 
 # Of a history: scalings beyond 2^±WRITTEN are kept as logarithms.
 WRITTEN = tl.constexpr(100.0)
@@ -45,53 +51,69 @@ HISTORY_ALL = tl.constexpr(2)
 
 
 @triton.jit
-def sum_weights(ptr, begin, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """The sum of an item's weights as passed; a negative one makes it NaN."""
+def largest_weight(ptr, begin, size, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Of an item, in the precision of load_passed; one of all zero, which is not to be divided by."""
+    if ptr is None:
+        largest = tl.full((), 1.0, DTYPE)
+    else:
+        index = tl.arange(0, BLOCK)
+        found = load_passed(ptr, begin + index, index < 0, DTYPE)
+        for start in range(0, size, BLOCK):
+            found = tl.maximum(found, load_passed(ptr, begin + start + index, start + index < size, DTYPE))
+        largest = tl.max(found)
+        largest = tl.where(largest == 0, 1.0, largest)
+    return largest
+
+
+@triton.jit
+def sum_weights(ptr, begin, size, largest, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of an item's weights over the largest; a negative one makes it NaN."""
     total = tl.zeros((BLOCK,), DTYPE)
     for start in range(0, size, BLOCK):
-        total += load_raw(ptr, begin, start + tl.arange(0, BLOCK), size, DTYPE)
+        total += load_raw(ptr, begin, start + tl.arange(0, BLOCK), size, largest, DTYPE)
     return tl.sum(total)
 
 
 @triton.jit
-def load_raw(ptr, begin, index, size, DTYPE: tl.constexpr):
-    """Weights [BLOCK] as passed, zero beyond the item. None is one each; a mask is one or zero."""
+def load_raw(ptr, begin, index, size, largest, DTYPE: tl.constexpr):
+    """Weights [BLOCK] over the largest, zero beyond the item. None is one each; a mask is one or zero."""
     inside = index < size
     if ptr is None:
         weights = tl.where(inside, 1.0, 0.0).to(DTYPE)
     else:
-        weights = tl.load(ptr + begin + index, mask=inside, other=0).to(DTYPE)
-        weights = tl.where(weights < 0, float("nan"), weights)
+        weights = over_largest(load_passed(ptr, begin + index, inside, DTYPE), largest).to(DTYPE)
     return weights
 
 
 @triton.jit
-def store_weights(ptr, weights_ptr, begin, size, total, has_mass, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def store_weights(ptr, weights_ptr, begin, size, largest, total, has_mass, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Weights that sum to one; all zero in an item without mass on either side."""
     total = tl.where(has_mass, total, 1.0)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        weights = load_raw(ptr, begin, index, size, DTYPE)
+        weights = load_raw(ptr, begin, index, size, largest, DTYPE)
         kept = tl.where(weights != 0, tl.where(has_mass, 1, 0), 0) != 0
         tl.store(weights_ptr + index, tl.where(kept, weights / total, 0.0), mask=index < size)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _weights_kernel(a_ptr, b_ptr, weights_ptr, items_ptr, N, M, table_ptr, BLOCK: tl.constexpr):
-    """Programs (item): its marginals, lines of [B, N + M], and of [B, 4] what they were divided by, zero without mass
-    (numbers 2 and 3; 0 is for what poisons the item)."""
+    """Programs (item): its marginals, lines of [B, N + M], and of [B, 4] what they were divided by after their
+    largest, zero without mass (numbers 2 and 3; 0 is for what poisons the item)."""
     if table_ptr is not None:
         if is_idle(table_ptr):
             return
     item, _ = block_of(table_ptr, 1)
     start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    total_a = sum_weights(a_ptr, start_x, N, BLOCK, DTYPE)
-    total_b = sum_weights(b_ptr, start_y, M, BLOCK, DTYPE)
+    largest_a = largest_weight(a_ptr, start_x, N, BLOCK, DTYPE)
+    largest_b = largest_weight(b_ptr, start_y, M, BLOCK, DTYPE)
+    total_a = sum_weights(a_ptr, start_x, N, largest_a, BLOCK, DTYPE)
+    total_b = sum_weights(b_ptr, start_y, M, largest_b, BLOCK, DTYPE)
     has_mass = (total_a != 0) & (total_b != 0)
     weights_ptr += start_x + start_y
-    store_weights(a_ptr, weights_ptr, start_x, N, total_a, has_mass, BLOCK, DTYPE)
-    store_weights(b_ptr, weights_ptr + N, start_y, M, total_b, has_mass, BLOCK, DTYPE)
+    store_weights(a_ptr, weights_ptr, start_x, N, largest_a, total_a, has_mass, BLOCK, DTYPE)
+    store_weights(b_ptr, weights_ptr + N, start_y, M, largest_b, total_b, has_mass, BLOCK, DTYPE)
     tl.store(items_ptr + item * 4 + 2, tl.where(has_mass, total_a, 0.0))
     tl.store(items_ptr + item * 4 + 3, tl.where(has_mass, total_b, 0.0))
 
@@ -155,24 +177,19 @@ def similarity_tile(
     return tile
 
 
-@triton.jit
-def whole(exponent):
-    """A whole number near ``exponent``, zero where that is infinite."""
-    return tl.where(tl.abs(exponent) == float("inf"), 0.0, tl.floor(exponent))
-
-
 @triton.jit(do_not_specialize=["N", "M", "t"])
 def _strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr, found_ptr,
-    stopped_ptr, N, M, D, stride_n, scale: tl.float64, t, table_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, new_u_ptr, part_ptr,
+    found_ptr, stopped_ptr, N, M, D, stride_n, scale: tl.float64, t, table_ptr,
     FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): a round t as far as a strip can do it by itself.
 
     What the rows lacked before the round [B, P] (``found_ptr``), their new scalings [B, N], and the strip's part of the
-    sums over columns [B, P, M]. FIRST: the exponents of its rows, whether it holds what is not finite, and the largest
-    entries by column. LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
+    sums over columns [B, P, M]. FIRST: the offsets of its rows [B, N] (rounds.log_kernel), which bring their
+    largest entries to one, whether it holds what is not finite, and the largest entries by column.
+    LAST: no more than what the rows lack. Without ``matrix_ptr`` tiles are made of tokens.
     """
     if table_ptr is not None:
         if is_idle(table_ptr):
@@ -198,10 +215,14 @@ def _strip_kernel(
         x_ptr, y_ptr = x_ptr + (start_x + start) * D, y_ptr + start_y * D
 
     e_u, rest = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
+    sign = sign_of(scale, DTYPE)
     if FIRST:
         largest = tl.full((BLOCK_N, BLOCK_M), float("-inf"), DTYPE)
     else:
         e_u = load_lines(exponent_ptr, lines + start + rows, in_x)
+        offset = load_lines(offset_ptr, start_x + start + rows, in_x)
+        size_a = whole(log_weights(a))  # sums are those of the plan over the weights: numbers, however small these are
+        e_u -= size_a
     for first in range(0, M, BLOCK_M):
         at = lines + N + first + columns
         in_y = first + columns < M
@@ -212,25 +233,29 @@ def _strip_kernel(
             None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y, a != 0, b != 0, stride_n, 1, D,
             PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
+        live = (a != 0)[:, None] & (b != 0)[None, :]
         if FIRST:
-            largest = tl.maximum(largest, L)
+            largest = tl.maximum(largest, tl.where(live, similarity * sign, float("-inf")))
             rest += similarity * 0.0
         else:
+            L = tl.where(live, log_entries(similarity - offset[:, None], high, low), float("-inf"))
             e_v, v = load_lines(exponent_ptr, at, in_y), load_lines(scaling_ptr, at, in_y)
             rest += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
     if FIRST:
-        e_u = -whole(tl.max(largest, 1))
+        offset = offsets(tl.max(largest, 1)) * sign
+        tl.store(offset_ptr + start_x + start + rows, offset, mask=in_x)
         tl.store(exponent_ptr + lines + start + rows, e_u, mask=in_x)
         tl.store(found_ptr + strip, tl.sum(tl.sum(rest, 1)))
         u = tl.zeros((BLOCK_N,), DTYPE)
     else:
         sums = tl.sum(rest, 1)
         u = load_lines(scaling_ptr, lines + start + rows, in_x)
-        tl.store(found_ptr + strip, tl.sum(tl.abs(u * sums - a)))
-        u = divide(a, tl.maximum(sums, smallest))
+        a_near_one = a * tl.exp2(-size_a)
+        tl.store(found_ptr + strip, tl.sum(tl.abs(u * sums - a_near_one) * tl.exp2(size_a)))
+        u = divide(a_near_one, tl.maximum(sums, smallest))
         if not LAST:
             tl.store(new_u_ptr + start_x + start + rows, u, mask=in_x)
+            u, e_u = apart(u, e_u + size_a)
     if not LAST:
         for first in range(0, M, BLOCK_M):
             at = lines + N + first + columns
@@ -242,11 +267,12 @@ def _strip_kernel(
                 None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y, a != 0, b != 0, stride_n, 1,
                 D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
-            L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
+            live = (a != 0)[:, None] & (b != 0)[None, :]
+            L = tl.where(live, log_entries(similarity - offset[:, None], high, low), float("-inf"))
             if FIRST:
-                found = tl.max(L + e_u[:, None], 0)
+                found = tl.max(L, 0)
             else:
-                e_v = load_lines(exponent_ptr, at, in_y)
+                e_v = load_lines(exponent_ptr, at, in_y) - whole(log_weights(b))
                 found = tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
@@ -353,7 +379,8 @@ def _gather_kernel(
             scaling = tl.where(weights == 0, 0.0, tl.exp2(-exponent))  # what is one before K was scaled
         else:
             exponent = load_lines(exponent_ptr, lines + at, inside)
-            scaling = divide(weights, tl.maximum(found, smallest))
+            near_one = weights * tl.exp2(-whole(log_weights(weights)))  # as the sums are
+            scaling = divide(near_one, tl.maximum(found, smallest))
     if FIRST:
         tl.store(first_ptr + lines + at, exponent, mask=inside)
     else:
@@ -371,8 +398,9 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
-    weights_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr, rounds_ptr,
-    history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr, HISTORY: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, offset_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr,
+    rounds_ptr, history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr,
+    HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 
@@ -394,6 +422,7 @@ def _finish_kernel(
     unit = (1.0 / tl.abs(tl.full((), scale, tl.float64)) * LN2).to(DTYPE)
     potential = tl.where(weights == 0, float("-inf"), (logarithm + exponent) * unit) + poison
     if is_rows:
+        potential -= load_lines(offset_ptr, start_x + index, inside) * sign_of(scale, DTYPE)
         tl.store(f_ptr + start_x + index, potential, mask=inside)
     else:
         tl.store(g_ptr + start_y + index, potential, mask=inside)
@@ -415,13 +444,31 @@ def _finish_kernel(
 
 
 @triton.jit
+def log_tile(similarity, offset, live_x, live_y, scale, DTYPE: tl.constexpr):
+    """L of a tile, of what is below the offsets of the item's rows, which lie along these; -inf at padding."""
+    high, low = log_scale(scale, DTYPE)
+    L = log_entries(similarity - offset, high, low)
+    return tl.where(live_x[:, None] & live_y[None, :], L, float("-inf"))
+
+
+@triton.jit
+def load_offset(ptr, at_rows, at_columns, in_x, in_y, SWAPPED: tl.constexpr):
+    """Offsets of the item's rows, which are the tile's columns if SWAPPED, along these."""
+    if SWAPPED:
+        offset = tl.load(ptr + at_columns, mask=in_y, other=0.0)[None, :]
+    else:
+        offset = tl.load(ptr + at_rows, mask=in_x, other=0.0)[:, None]
+    return offset
+
+
+@triton.jit
 def plan_tile(L, e_u, u, e_v, v):
     return tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None] * v[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _matrix_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, items_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, items_ptr,
     plan_ptr, similarity_ptr, N, M, D, stride_n, scale: tl.float64, table_ptr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -458,8 +505,9 @@ def _matrix_kernel(
     if similarity_ptr is not None:
         tl.store(similarity_ptr + corner + entries, similarity, mask=inside)
     if plan_ptr is not None:
-        high, low = log_scale(scale, DTYPE)
-        L = tl.where(live_x[:, None] & live_y[None, :], log_entries(similarity, high, low), float("-inf"))
+        L = log_tile(
+            similarity, load_lines(offset_ptr, start_x + start + rows, in_x)[:, None], live_x, live_y, scale, DTYPE
+        )
         plan = plan_tile(
             L, load_lines(exponent_ptr, at_x, in_x), load_lines(scaling_ptr, at_x, in_x),
             load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y),
@@ -470,7 +518,7 @@ def _matrix_kernel(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _attend_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, exponent_ptr, scaling_ptr, items_ptr, out_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, items_ptr, out_ptr,
     N, M, D, stride_n, stride_m, scale: tl.float64, table_ptr,
     SWAPPED: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -486,7 +534,6 @@ def _attend_kernel(
     start_x, start_y, N, M = place(table_ptr, item, N, M)
     feature = tl.program_id(1) * BLOCK_F
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
-    high, low = log_scale(scale, DTYPE)
     rows, columns, features = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), feature + tl.arange(0, BLOCK_F)
     in_x, in_D = start + rows < N, (features < D)[None, :]
     lines = start_x + start_y
@@ -507,7 +554,8 @@ def _attend_kernel(
             x_ptr, y_ptr + wide(first) * D, None if matrix_ptr is None else matrix_ptr + wide(first) * stride_m,
             inverse_x, inverse_y, a != 0, b != 0, stride_n, stride_m, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = tl.where((a != 0)[:, None] & (b != 0)[None, :], log_entries(similarity, high, low), float("-inf"))
+        offset = load_offset(offset_ptr, start_x + start + rows, start_y + first + columns, in_x, in_y, SWAPPED)
+        L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
         plan = plan_tile(L, e_u, u, load_lines(exponent_ptr, at_y, in_y), load_lines(scaling_ptr, at_y, in_y))
         y = tl.load(
             y_ptr + wide(first) * D + columns[:, None] * D + features[None, :], mask=(b != 0)[:, None] & in_D, other=0.0

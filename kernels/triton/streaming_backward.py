@@ -14,8 +14,18 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import log_entries, log_scale, token_products
-from .streaming import gather, load_inverse, load_lines, plan_tile, similarity_tile, unpack
+from .rounds import LEAST, apart, load_passed, token_products
+from .streaming import (
+    gather,
+    largest_weight,
+    load_inverse,
+    load_lines,
+    load_offset,
+    log_tile,
+    plan_tile,
+    similarity_tile,
+    unpack,
+)
 
 DETACH = tl.constexpr(0)
 UNROLL = tl.constexpr(1)
@@ -80,14 +90,9 @@ def load_scalings(ptr, first_ptr, at, inside):
 
 
 @triton.jit
-def log_tile(similarity, live_x, live_y, scale, DTYPE: tl.constexpr):
-    high, low = log_scale(scale, DTYPE)
-    return tl.where(live_x[:, None] & live_y[None, :], log_entries(similarity, high, low), float("-inf"))
-
-
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _start_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
     rounds_ptr, history_ptr, first_ptr, rows_ptr, part_ptr,
     N, M, D, stride_n, all_rows, scale: tl.float64, num_iters, table_ptr,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,6 +111,7 @@ def _start_kernel(
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, at_x = start + rows < N, lines + start + rows
+    offset = load_lines(offset_ptr, start_x + start + rows, in_x)[:, None]
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     history_ptr += last_round(rounds_ptr, item, MODE) * (N + M)
@@ -126,7 +132,7 @@ def _start_kernel(
             inverse_x, inverse_y, a != 0, b != 0, stride_n, 1,
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
+        L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
         v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
         plan = plan_tile(L, e_u, u, e_v, v)
         grad, from_x, from_y = plan_gradient(
@@ -205,8 +211,8 @@ def _started_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters", "t"])
 def _adjoint_strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, sums_ptr,
-    pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr,
+    sums_ptr, pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and strip): what a strip can do of a product with the plan by rows, then by columns.
@@ -241,6 +247,7 @@ def _adjoint_strip_kernel(
     if PHASE == STEP:
         if tl.load(done_ptr + item) != 0:
             return
+    offset = load_lines(offset_ptr, start_x + start + rows, in_x)[:, None]
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
     u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
     matrix_ptr = None if matrix_ptr is None else matrix_ptr + (start_x + start) * stride_n
@@ -257,11 +264,11 @@ def _adjoint_strip_kernel(
                 None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y,
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
-            L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
+            L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
             v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
-            sums += (
-                tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (v * load_lines(pull_ptr, first + columns, in_y))[None, :]
-            )
+            # Where the weight is small the plan is, and what is pulled is large.
+            v, e_v = apart(v * load_lines(pull_ptr, first + columns, in_y), e_v)
+            sums += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
     product = u * tl.sum(sums, 1)
     if PHASE == ROUND:
         if t == rounds - 1:
@@ -280,6 +287,7 @@ def _adjoint_strip_kernel(
         if PHASE == END:
             tl.store(total_ptr + at_x, pulled, mask=in_x)
     if PHASE != END:
+        u, e_u = apart(u * pulled, e_u)
         for first in range(0, M, BLOCK_M):
             in_y, at_y = first + columns < M, lines + N + first + columns
             b, inverse_y = load_lines(weights_ptr, at_y, in_y), load_inverse(inverse_ptr, at_y, in_y, BLOCK_M, DTYPE)
@@ -288,12 +296,12 @@ def _adjoint_strip_kernel(
                 None if matrix_ptr is None else matrix_ptr + first, inverse_x, inverse_y,
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
-            L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
+            L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
             if PHASE == ROUND:  # what the columns had before the round
                 v, e_v = load_before(history_ptr, first_ptr, t, N + first + columns, in_y, N + M)
             else:
                 v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
-            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * (u * pulled)[:, None], 0)
+            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
 
@@ -445,7 +453,7 @@ def matrix_gradient(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _matrix_gradient_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
     rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
     table_ptr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -470,6 +478,7 @@ def _matrix_gradient_kernel(
     in_x, in_y = start + rows < N, first + columns < M
     at_x, at_y = lines + start + rows, lines + N + first + columns
     a, b = load_lines(weights_ptr, at_x, in_x), load_lines(weights_ptr, at_y, in_y)
+    offset = load_lines(offset_ptr, start_x + start + rows, in_x)[:, None]
     corner, at = (start_x + start) * stride_n + first, rows[:, None] * stride_n + columns[None, :]
     x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
     grad_x_out_ptr = None if grad_x_out_ptr is None else grad_x_out_ptr + (start_x + start) * D
@@ -488,7 +497,7 @@ def _matrix_gradient_kernel(
     )  # fmt: skip
     history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
     grad, _ = matrix_gradient(
-        log_tile(similarity, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
+        log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
         None if pull_ptr is None else pull_ptr + num_iters * lines, None if total_ptr is None else total_ptr + lines,
         tl.load(rounds_ptr + item),
         start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
@@ -499,7 +508,7 @@ def _matrix_gradient_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _pull_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
     grad_similarity_ptr, rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
     N, M, D, stride_n, stride_m, scale: tl.float64, num_iters, table_ptr,
     SWAPPED: tl.constexpr, COSINE: tl.constexpr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -549,7 +558,8 @@ def _pull_kernel(
             b != 0, stride_n, stride_m,
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
-        L = log_tile(similarity, a != 0, b != 0, scale, DTYPE)
+        offset = load_offset(offset_ptr, start_x + start + rows, start_y + first + columns, in_x, in_y, SWAPPED)
+        L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
         if grad_ptr is None:
             grad_plan = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
             if MODE != DETACH:
@@ -599,12 +609,12 @@ def _pull_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _weight_gradient_kernel(
-    weights_ptr, items_ptr, history_ptr, total_ptr, attended_ptr, grad_ptr, N, M, num_iters, table_ptr,
+    passed_ptr, weights_ptr, items_ptr, history_ptr, total_ptr, attended_ptr, grad_ptr, N, M, num_iters, table_ptr,
     SWAPPED: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (item): the gradient of the weights of one side [B, N], through the division by their sum.
+    """Programs (item): the gradient of the weights of one side [B, N], as attend_backward.store_weight_gradient.
 
-    Zero weights are padding, and get none. SWAPPED: as in ``_pull_kernel``.
+    SWAPPED: as in ``_pull_kernel``.
     """
     if table_ptr is not None:
         if is_idle(table_ptr):
@@ -623,10 +633,13 @@ def _weight_gradient_kernel(
         weights = load_lines(weights_ptr, at, inside)
         mean += weights * of_weights(total_ptr, attended_ptr, at, inside, weights, MODE)
     mean = tl.sum(mean)
+    largest = largest_weight(passed_ptr, start_x, N, BLOCK, DTYPE)
     for start in range(0, N, BLOCK):
         at, inside = lines + start + index, start + index < N
         weights = load_lines(weights_ptr, at, inside)
         grad = (of_weights(total_ptr, attended_ptr, at, inside, weights, MODE) - mean) * inverse(divided_by)
+        passed = load_passed(passed_ptr, start_x + start + index, inside, DTYPE)
+        grad = tl.where(passed / largest < LEAST, 0.0, grad.to(passed.dtype) / largest)
         grad = tl.where(weights == 0, 0.0, grad + poison)
         tl.store(grad_ptr + start_x + start + index, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 

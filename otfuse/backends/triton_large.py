@@ -124,6 +124,7 @@ class Solve:
         self.cluster = triton_cluster.cluster_blocks(self.N, self.M, held) if held else None
         self.lines = self.rows + self.columns
         self.weights, self.exponent, self.scaling = (self.new(self.lines) for _ in range(3))
+        self.offset = self.new(self.rows)
         self.items = self.new(self.B, 4)
         self.inverse = self.new(self.lines) if cosine and x is not None else None
         self._weigh()
@@ -165,10 +166,11 @@ class Solve:
             self.launch_blocks(_kernels()._norms_kernel, arguments, constants, rows=16)
 
     def source(self) -> tuple[Any, ...]:
-        """The first arguments of every kernel that looks at the matrix: tokens or the matrix, and inverse norms."""
+        """The first arguments of every kernel that looks at the matrix: tokens or the matrix, inverse norms, weights
+        and the rows' offsets."""
         if self.matrix is None:
-            return self.x, self.y, None, self.inverse, self.weights
-        return None, None, self.matrix, None, self.weights
+            return self.x, self.y, None, self.inverse, self.weights, self.offset
+        return None, None, self.matrix, None, self.weights, self.offset
 
     def constants(self, source: Any = None, **more: Any) -> dict[str, Any]:
         sides = (blocks_of(source, self.tokens) if source else self.blocks())._asdict()
@@ -230,8 +232,8 @@ class Solve:
         self.start(history if keep else None, rounds)
         if self.cluster:
             passed = (
-                self.matrix, self.weights, self.items, self.first, self.exponent, self.scaling, f, g, error, rounds,
-                history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
+                self.matrix, self.weights, self.offset, self.items, self.first, self.exponent, self.scaling,
+                f, g, error, rounds, history if keep else None, self.N, self.M, self.M, self.scale, num_iters, tol,
             )  # fmt: skip
             constants = {"STOPS": tol > 0, "HISTORY": keep, **self.cluster}
             self.launch(triton_cluster.rounds_kernel(), (self.B,), passed, constants)
@@ -241,14 +243,14 @@ class Solve:
             self.gather(t, num_iters, tol, FIRST=False, HISTORY=keep)
         self.strip(num_iters, FIRST=False, LAST=True)  # what the rows lack now
         arguments = (
-            self.weights, self.exponent, self.first, self.scaling, self.found, self.items, f, g, error, rounds,
-            self.history, self.N, self.M, self.P, num_iters, self.scale,
+            self.weights, self.offset, self.exponent, self.first, self.scaling, self.found, self.items,
+            f, g, error, rounds, self.history, self.N, self.M, self.P, num_iters, self.scale,
         )  # fmt: skip
         self.launch_lines(_kernels()._finish_kernel, arguments, self.strip_rows, HISTORY=keep)
 
     def attend(self, barycentric: bool, x_out: Tensor, y_out: Tensor) -> None:
         N, M = self.N, self.M
-        _, _, matrix, inverse, weights = self.source()
+        _, _, matrix, inverse, weights, offset = self.source()
         sides = (
             (self.x, self.y, x_out, N, M, (M, 1), False),
             (self.y, self.x, y_out, M, N, (1, M), True),
@@ -257,7 +259,7 @@ class Solve:
             # Tensor cores multiply, wherever the plan comes from.
             constants = self.constants("attend", SWAPPED=swapped, BARYCENTRIC=barycentric)
             arguments = (
-                x, y, matrix, inverse, weights, self.exponent, self.scaling, self.items, out,
+                x, y, matrix, inverse, weights, offset, self.exponent, self.scaling, self.items, out,
                 rows, columns, self.D, *strides, self.scale,
             )  # fmt: skip
             self.launch_features(_kernels()._attend_kernel, arguments, constants)
@@ -327,8 +329,8 @@ class Adjoint(Solve):
 
     def tokens_and_gradients(self) -> tuple[Any, ...]:
         """The first arguments of kernels in which tokens meet gradients: tokens even where the matrix is read."""
-        _, _, matrix, inverse, weights = self.source()
-        return self.x, self.y, matrix, inverse, weights, self.grad_x, self.grad_y, self.grad_plan
+        _, _, matrix, inverse, weights, offset = self.source()
+        return self.x, self.y, matrix, inverse, weights, offset, self.grad_x, self.grad_y, self.grad_plan
 
     def meeting(self) -> str:
         return "matrix" if self.x is None else "gradient"
@@ -370,7 +372,7 @@ class Adjoint(Solve):
     def unroll(self, start: Tensor) -> None:
         if self.cluster:
             passed = (
-                self.matrix, self.weights, *self.kept, self.first, start, self.pull, self.total,
+                self.matrix, self.weights, self.offset, *self.kept, self.first, start, self.pull, self.total,
                 self.N, self.M, self.M, self.scale, self.num_iters,
             )  # fmt: skip
             self.launch(triton_cluster.adjoint_rounds_kernel(), (self.B,), passed, self.cluster)
@@ -409,7 +411,7 @@ class Adjoint(Solve):
 
     def token_gradients(self, grad: Tensor | None, *outputs: Tensor) -> None:
         """Of x and y; from the gradient of the similarity, or where that is None from its tiles, made on the way."""
-        _, _, matrix, _, weights = self.source()
+        _, _, matrix, _, weights, offset = self.source()
         N, M = self.N, self.M
         sides = (
             (self.x, self.y, self.grad_x, self.grad_y, outputs[0], N, M, (M, 1), False),
@@ -420,17 +422,18 @@ class Adjoint(Solve):
                 "gradient", **self.modes(SWAPPED=swapped, COSINE=self.inverse is not None)
             )  # fmt: skip
             arguments = (
-                x, y, matrix, self.inverse, weights, grad_x, grad_y, self.grad_plan, self.grad_similarity,
+                x, y, matrix, self.inverse, weights, offset, grad_x, grad_y, self.grad_plan, self.grad_similarity,
                 *self.kept, self.first, self.pull, self.total, grad, out,
                 rows, columns, self.D, *strides, self.scale, self.num_iters,
             )  # fmt: skip
             self.launch_features(_backward()._pull_kernel, arguments, constants)
 
     def weight_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
-        for grad, size, other, swapped in ((grad_a, self.N, self.M, False), (grad_b, self.M, self.N, True)):
+        sides = (grad_a, self.a, self.N, self.M, False), (grad_b, self.b, self.M, self.N, True)
+        for grad, passed, size, other, swapped in sides:
             if grad is None:
                 continue
-            state = self.weights, self.items, self.kept[1], self.total, self.attended
+            state = passed, self.weights, self.items, self.kept[1], self.total, self.attended
             arguments = *state, grad, size, other, self.num_iters
             constants = {"SWAPPED": swapped, "MODE": self.mode, "BLOCK": WHOLE_LINES, "num_warps": 4}
             self.launch_blocks(_backward()._weight_gradient_kernel, arguments, constants)
