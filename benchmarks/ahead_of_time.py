@@ -213,7 +213,7 @@ def source(variant: Variant, dtype: str, constants: dict[str, Any], package: str
     tokens, solve = "*" + DTYPES[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(variant.tokens.split(), tokens) | dict.fromkeys(variant.solution.split(), solve)
     types |= {name + "_ptr": "*i32" for name in INTEGERS} | dict.fromkeys(variant.integers.split(), "*i32")
-    types |= {"scale": "fp64", "unit": "fp64", "tol": "fp64"}
+    types |= {"scale": "fp64", "unit": "fp64", "tol": "fp64", "offset_ptr": solve, "passed_ptr": solve}
     signature, constant, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or (name.endswith("_ptr") and name not in types):

@@ -89,7 +89,6 @@ def load_scalings(ptr, first_ptr, at, inside):
     return number, exponent + tl.load(first_ptr + at, mask=inside, other=0.0)
 
 
-@triton.jit
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _start_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
