@@ -395,7 +395,7 @@ def _hold(sums, live, w):
     for i in range(w.shape[0]):
         largest = max(largest, float(w[i]))
     least = limits.tiny / limits.eps / limits.eps * largest
-    for i in range(live.shape[0]):
+    for i in range(live.shape[0]):  # noqa: SIM110  numba has no all()
         if live[i] != 0 and not sums[i] >= least:
             return False
     return True
@@ -909,7 +909,7 @@ def _unroll_columns_outer(K, a, b, u_history, v_history, rounds, du, dv, grad_a,
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _near(log_w, folded, root, limit):
-    for i in range(root.shape[0]):  # noqa: SIM110  numba has no all()
+    for i in range(root.shape[0]):
         if root[i] != 0 and not abs(log_w[i] - folded[i] - math.log(root[i])) <= limit:
             return False
     return True
@@ -1095,7 +1095,7 @@ def _centred_solve(plan, rows, columns, right):
     for j in range(M):
         direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
     product = np.dot(residual, direction)
-    # The largest entry counts for no more than the others: where the smallest weight is divided by, it is 1e30 times these.
+    # The largest entry must not hide the others: by the inverse of the smallest weight it is 1e30 times these.
     _, low, high, _ = _weight_range(columns)
     enough = product * (low / high) * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):
