@@ -108,6 +108,8 @@ def largest_entry(tokens: Tensor) -> Tensor:
 
     A cosine does not depend on lengths, but the squares and products it is made of leave float32 at 1e-19 and 1e19.
     """
+    if not tokens.shape[-1]:  # of nothing there is no largest
+        return tokens.new_ones(*tokens.shape[:-1], 1)
     largest = torch.linalg.vector_norm(tokens.detach(), torch.inf, dim=-1, keepdim=True)
     return torch.where(largest == 0, 1, largest)
 

@@ -21,7 +21,7 @@ EPSILONS = {torch.float32: (0.1, 0.01, 0.001), torch.float64: (0.1, 0.01)}
 
 
 def batch_size(backend: str, device: torch.device) -> int:
-    return 4 if is_interpreted(backend, device) else 64
+    return 4 if is_interpreted(backend, device) else 64 if backend == "tpc" else 256
 
 
 def extreme_weights(kind: str, seed: int, B: int, n: int, dtype: torch.dtype) -> Tensor:

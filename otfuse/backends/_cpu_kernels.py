@@ -1135,7 +1135,7 @@ def _centred_solve(plan, rows, columns, right, stop):
     for j in range(M):
         direction[j] = residual[j] / columns[j] if columns[j] != 0 else 0.0
     product = np.dot(residual, direction)
-    # The largest entry counts for no more than the others: divided by the smallest weight, it is 1e30 times these.
+    # The largest entry must not hide the others: by the inverse of the smallest weight it is 1e30 times these.
     _, low, high, _ = _weight_range(columns)
     enough = product * (low / high) * min(1e-20, np.finfo(plan.dtype).eps ** 2)
     for _ in range(4 * M + 50):

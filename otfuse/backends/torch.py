@@ -107,8 +107,9 @@ def scaling(
     u, v = torch.ones_like(a), (b != 0).to(b.dtype)
     if one_piece:
         assert bound is not None
-        # Folded into the kernel. Not by full_like: an op's parameter stays as it was when torch.compile traced it.
-        log_u0, log_v0 = torch.zeros_like(a) - bound / epsilon, torch.zeros_like(b)
+        # Folded into the kernel. It keeps row sums below one, where weights may be 1e-30: autograd forms u / rows.
+        # Not by full_like: an op's parameter stays as it was when torch.compile traced it.
+        log_u0, log_v0 = torch.zeros_like(a) - (bound / epsilon + (0.0 if uniform else safe)), torch.zeros_like(b)
     else:
         log_v = torch.where(b == 0, -torch.inf, torch.zeros_like(b))
         log_u = _log(a) - torch.logsumexp(log_kernel + log_v[:, None, :], 2)

@@ -39,7 +39,7 @@ static inline void conjugate_gradients(shape s, solve q, int rows, int outer, in
   const float64 spread =
       quotient(zero - over_all_lanes(s.by, LARGEST, low), over_all_lanes(s.by, LARGEST, high));
   product = dot(s, q.residual, q.direction);
-  // The largest entry counts for no more than the others: where the smallest weight is divided by, it is 1e30 times these.
+  // The largest entry must not hide the others: by the inverse of the smallest weight it is 1e30 times these.
   enough = v_f32_mul_b(v_f32_mul_b(product, spread), (float64)ENOUGH);
   for (int step = 0; step < steps; step++) {
     for (int k = 0; k < s.row_blocks; k++)
