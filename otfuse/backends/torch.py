@@ -8,6 +8,7 @@ Nothing here looks at a tensor's values from Python, so all of it can be traced,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -107,9 +108,8 @@ def scaling(
     u, v = torch.ones_like(a), (b != 0).to(b.dtype)
     if one_piece:
         assert bound is not None
-        # Folded into the kernel. It keeps row sums below one, where weights may be 1e-30: autograd forms u / rows.
-        # Not by full_like: an op's parameter stays as it was when torch.compile traced it.
-        log_u0, log_v0 = torch.zeros_like(a) - (bound / epsilon + (0.0 if uniform else safe)), torch.zeros_like(b)
+        # Folded into the kernel. Not by full_like: an op's parameter stays as it was when torch.compile traced it.
+        log_u0, log_v0 = torch.zeros_like(a) - bound / epsilon, torch.zeros_like(b)
     else:
         log_v = torch.where(b == 0, -torch.inf, torch.zeros_like(b))
         log_u = _log(a) - torch.logsumexp(log_kernel + log_v[:, None, :], 2)
@@ -122,6 +122,9 @@ def scaling(
 
     padding_a, padding_b = (a == 0).to(a.dtype), (b == 0).to(b.dtype)
     kernel, rows = _folded(log_kernel, log_u0, log_v0, v)
+    if not uniform:  # of one piece: row sums at most one, since autograd forms u / rows, and weights may be 1e-30
+        lower = 2.0 ** -math.ceil(safe / math.log(2))  # a power of two, which rounds nothing
+        kernel, rows = kernel * lower, rows * lower
     for t in range(first, num_iters):
         if not one_piece and t > first and (t - first) % ABSORB_EVERY == 0:
             log_u0, u = _absorb(log_u0, u)
@@ -140,7 +143,7 @@ def scaling(
 
     plan = kernel * u[:, :, None] * v[:, None, :]
     marginal_error = _row_error(u * rows, a)
-    f, g = epsilon * (_log(u) + log_u0), epsilon * (_log(v) + log_v0)
+    f, g = epsilon * (_log(u if uniform else u * lower) + log_u0), epsilon * (_log(v) + log_v0)
     return Solution(plan, f, g, marginal_error, num_iters_run)
 
 
