@@ -217,7 +217,8 @@ def outputs_of_all_that_is_public(backend):
     x, y = (t.requires_grad_() for t in clustered_tokens(3, 5, 4, 6))
     a = torch.tensor([[1.0, 2, 0, 1, 1], [1.0] * 5, [0.0] * 5], device="cpu")
     options = {"num_iters": 4, "backend": backend}
-    ends = [torch.tensor(values, dtype=torch.int32, device="cpu") for values in ([0, 4, 6, 6, 11], [0, 2, 6, 6, 7])]
+    starts = [0, 2, 5, 7, 7, 11], [0, 2, 3, 5, 5, 7]  # two items of equal lengths, so that items are sorted
+    ends = [torch.tensor(values, dtype=torch.int32, device="cpu") for values in starts]
     similarity = otfuse.similarity_matrix(x, y)
     outputs = [
         *otfuse.sinkhorn(-similarity, 0.5, a, **options),

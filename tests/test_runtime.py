@@ -91,10 +91,12 @@ def test_a_piece_that_fails_ends_the_others():
 
     def solve(first, last):
         begun.append(first)
-        both.wait(60)
+        if first < 2:
+            both.wait(60)
         if first == 0:
             raise MemoryError("of the first piece")
-        while not stop.value:  # as the compiled code does
+        deadline = time.monotonic() + 3
+        while not stop.value and time.monotonic() < deadline:  # as the compiled code looks at it
             time.sleep(0.001)
         time.sleep(0.05)
         ended.append(first)
