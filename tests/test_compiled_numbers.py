@@ -132,6 +132,17 @@ def test_every_call_has_its_own_numbers(name, backend, cache):
             assert_same(results(compiled, inputs, *numbers), e, f"{numbers}, {fullgraph=}")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name, backend", [("fusion", "torch"), ("fusion", "cpu"), ("attend", "cpu")])
+def test_epsilon_alone(name, backend, cache):
+    """An annealing schedule without gradients, beside which the caller multiplies by epsilon too."""
+    run, _ = FUNCTIONS[name]
+    inputs, compiled = tokens(dtype=torch.float64, requires_grad=False), torch.compile(run)
+    for epsilon in (1.0, 0.7, 0.5, 0.3, 0.2):
+        actual, expected = (called(*inputs, epsilon, None, 0.5, backend)[:3] for called in (compiled, run))
+        assert_same(list(actual), list(expected), f"{epsilon}")
+
+
 class Fused(torch.nn.Module):
     """Both modules, whose numbers are attributes."""
 
@@ -174,6 +185,7 @@ def test_iterations(backend, cache):
     for num_iters in (1, 4, 2, 5, 3):
         expected = results(run, inputs, num_iters)
         assert_same(results(compiled, inputs, num_iters), expected, f"{num_iters} iterations")
+    torch._dynamo.reset()
     counted = torch.compile(run, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     for num_iters in range(1, 7):
         counted(*inputs, num_iters)
