@@ -190,8 +190,8 @@ def test_items_are_counted_in_64_bits_and_nothing_is_atomic():
 
 
 def test_a_bad_configuration_is_reported():
-    row = Row("forward", "bfloat16", (16, 32), "sm_90")
-    bad = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+    row = Row("forward", "bfloat16", (64, 64), "sm_90")
+    bad = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 1, "num_stages": 2}  # a tile in one warp
     (found,) = compile_elsewhere([row], bad)
     assert found.stack > 0
     assert ahead_of_time.problems(row, found) == [f"{row}: a stack of {found.stack} bytes, in a forward kernel"]

@@ -61,8 +61,11 @@ def of_tokens(solver, epsilon, form, x, y, a, b, raise_weights=False, **options)
     return differentiated((out.x, out.y, out.plan), *leaves)
 
 
-def check_tokens(run, specify, device, inputs, epsilon, form, what):
-    """By the rule, for every item that has nearly converged: elsewhere plan / a is as large as one over a weight."""
+def check_tokens(run, specify, device, inputs, epsilon, form, what, logs=None):
+    """By the rule, for every item that has nearly converged: elsewhere plan / a is as large as one over a weight.
+
+    ``logs``: the size of the logarithms that scalings pass through on the way, which are rounded by it.
+    """
     results = four_ways(run, specify, device, *inputs)
     x_out, y_out = results[3][:2]  # of the truth
     settled = (x_out.abs().amax((1, 2)) < 1e3) & (y_out.abs().amax((1, 2)) < 1e3)
@@ -75,9 +78,9 @@ def check_tokens(run, specify, device, inputs, epsilon, form, what):
         actual, reference, exact, truth = values
         kept = actual[settled], reference[:, settled], exact[settled], truth[settled]
         if scale is None:
-            assert_accurate(*kept, what=f"{what}: {name}")
+            assert_accurate(*kept, scale=logs and logs * float(truth[settled].abs().max()), what=f"{what}: {name}")
         else:
-            assert_gradient_accurate(*kept, scale=scale, what=f"{what}: {name}")
+            assert_gradient_accurate(*kept, scale=(logs or 1) * scale, what=f"{what}: {name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -97,7 +100,9 @@ def test_weights_of_tokens(backend, device, form, kind, dtype):
             solver = reordered(specified_attend, order)
             return of_tokens(solver, epsilon, form, *values, raise_weights=True, num_iters=20)
 
-        check_tokens(run, specify, device, (x, y, a, b), epsilon, form, f"epsilon {epsilon}")
+        # Triton solves float64 in logarithms where weights are this small, of 1e-30 to base two.
+        logs = 100.0 if (backend, dtype) == ("triton", torch.float64) else None
+        check_tokens(run, specify, device, (x, y, a, b), epsilon, form, f"epsilon {epsilon}", logs)
 
 
 @pytest.mark.parametrize("kind", ["wide", "softmax", "one"])
@@ -119,7 +124,8 @@ def test_weights_of_tokens_implicitly(backend, device, form, kind):
         assert all(torch.isfinite(value).all() for value in reference)
         return reference
 
-    check_tokens(solve, specify, device, (x, y, a, b), epsilon, form, kind)
+    logs = 100.0 if backend == "triton" else None  # its history, to base two
+    check_tokens(solve, specify, device, (x, y, a, b), epsilon, form, kind, logs)
     found, exact = solve(x, y, a, b), specify(*(value.double() for value in (x, y, a, b)))
     for value, right in zip(found, exact):
         assert (value - right).abs().max() <= 1000 * torch.finfo(torch.float32).eps * max(
@@ -198,13 +204,18 @@ def test_a_common_factor_of_weights_changes_nothing(backend, device, dtype, fact
     torch.testing.assert_close(scaled[0], plain[0], rtol=0, atol=few)
     for one, other in zip(plain[1], scaled[1]):
         limits = torch.finfo(dtype)
-        band = max(few, 2 * limits.eps) * one.abs().max() + factor * limits.smallest_normal * limits.eps
+        least = limits.smallest_normal
+        if dtype != torch.bfloat16 or not is_interpreted(backend, device):  # which rounds subnormal bfloat16 wrongly
+            least *= limits.eps
+        band = max(few, 2 * limits.eps) * one.abs().max() + factor * least
         torch.testing.assert_close(other.double() * factor, one.double(), rtol=0, atol=float(band))
 
 
 @pytest.mark.parametrize("shape", [(N, M), (80, 70)], ids=str)  # a small item's tokens stay in cache on the cpu backend
 @pytest.mark.parametrize("size_x, size_y", [(1e-20, 1e-20), (1e20, 1e20), (1e-20, 1e20), (1e-35, 1e34)])
 def test_cosines_do_not_depend_on_lengths(backend, device, size_x, size_y, shape):
+    if backend == "triton":
+        pytest.skip("triton: tokens are not scaled, which docs/backends.md says")
     if reasons := why_not(backend, device, *shape):
         pytest.skip(f"{backend}: {reasons}")
     x, y = clustered_tokens(4, *shape, D)

@@ -121,6 +121,8 @@ def _attend_fwd_kernel(
     # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
     # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.
     K, poison, one_piece = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((), DTYPE), True
+    # Without weights there is one form fewer, and the compiler is not to look for registers for it.
+    HAS_WEIGHTS: tl.constexpr = a_ptr is not None or b_ptr is not None
     tiny = N < 0
     u, row_sums, log_u = tl.full((BLOCK_N,), 1.0, DTYPE), tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
     v, log_v = tl.zeros((BLOCK_M,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
@@ -149,9 +151,9 @@ def _attend_fwd_kernel(
             one_piece = fits_one_piece(range_L, a, b, DTYPE)
             if part == 0:  # in memory until f is stored: no register is kept through the rounds
                 tl.store(f_ptr + item * N + rows, offset, mask=rows < N)
-            if a_ptr is not None or b_ptr is not None:
+            if HAS_WEIGHTS:
                 tiny = are_tiny(a, b, DTYPE) & ~one_piece
-        if tiny:
+        if HAS_WEIGHTS and tiny:
             K, u, v, row_sums, log_u, log_v, t = half_rounds(
                 L, a, b, num_iters, tol, history_ptr, N, M, part, STOPS, HISTORY == HISTORY_ALL, BLOCK_N, BLOCK_M
             )

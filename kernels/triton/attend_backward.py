@@ -22,6 +22,7 @@ from .rounds import (
     load_round,
     log_kernel,
     log_weights,
+    small_enough,
     tile_product,
 )
 
@@ -121,7 +122,8 @@ def implicit(plan, d_log_u, d_log_v, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexp
     mu = tl.zeros((BLOCK_M,), DTYPE)
     direction = residual * inverse_c
     product = tl.sum(residual * direction)
-    enough = product * tl.minimum(1e-20, rounding * rounding)
+    largest = tl.max(column_sums)
+    enough = small_enough(product, tl.min(tl.where(column_sums > 0, column_sums, largest)), largest)
     step = 0
     while (step < 4 * BLOCK_M + 50) & (product > enough):
         lift = tl.sum(column_sums * direction)

@@ -370,6 +370,14 @@ def apart(scaling, exponent):
 
 
 @triton.jit
+def exp2_of(L, exponents):
+    """exp2(L + exponents) for whole exponents, of entries that are no larger than a plan's: rounded no further than L
+    is, where the sum itself would be rounded by the size of the exponents, which is that of a weight's logarithm."""
+    low = whole(L)
+    return tl.exp2(L - low) * tl.exp2(tl.minimum(low + exponents, 64.0))
+
+
+@triton.jit
 def half_round(L, weights, scaling, exponent, AXIS: tl.constexpr, smallest):
     """Over AXIS: what scales its sums of exp2(L + exponent) scaling to the weights, as ``apart`` has it.
 
@@ -415,8 +423,18 @@ def half_rounds(
         more = t < num_iters
         if STOPS:
             more = more & ~(lacking(L, a, u, e_u, v, e_v) < tol)
-    K = tl.exp2((L + e_u[:, None]) + e_v[None, :])
+    K = exp2_of(L, e_u[:, None] + e_v[None, :])
     return K, u, v, u * tl.sum(K * v[None, :], 1), e_u, e_v, t
+
+
+@triton.jit
+def small_enough(product, least, largest):
+    """What conjugate gradients reduce ``product`` to, of columns whose sums lie between these: divided by the least, an
+    entry is so many times the others, and is not to hide them. Not below what numbers hold: a step divides by it."""
+    rounding: tl.constexpr = 2.2e-16 if product.dtype == tl.float64 else 1.2e-7
+    smallest: tl.constexpr = SMALLEST64 if product.dtype == tl.float64 else SMALLEST32
+    share = tl.where(largest > 0, least / tl.where(largest > 0, largest, 1.0), 1.0)
+    return tl.maximum(product * tl.minimum(1e-20, rounding * rounding) * share, smallest)
 
 
 @triton.jit

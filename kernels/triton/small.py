@@ -23,6 +23,7 @@ from .rounds import (
     SMALLEST32,
     below,
     divide,
+    exp2_of,
     half_round,
     load_passed,
     log_entries,
@@ -359,7 +360,7 @@ def half_rounds(
         t += 1
         more = t < num_iters
         if STOPS:
-            plan = tl.exp2((L + e_u[:, None, :]) + e_v[None, :, :]) * v[None, :, :]
+            plan = exp2_of(L, e_u[:, None, :] + e_v[None, :, :]) * v[None, :, :]
             active = active & ~(error_of(u, tl.sum(plan, 1), a) < tol)
             more = more & is_any(active)
     if HISTORY == HISTORY_LAST:
@@ -367,7 +368,7 @@ def half_rounds(
     if STOPS and HISTORY == HISTORY_ALL:
         for rest in range(tl.maximum(t, 1), num_iters):
             store_kept(history_ptr, rest - 1, tl.zeros_like(v), kept, first, left, B, M, BLOCK_M, ITEMS)
-    plan = tl.where(live, tl.exp2((L + e_u[:, None, :]) + e_v[None, :, :]) * u[:, None, :] * v[None, :, :], 0.0)
+    plan = tl.where(live, exp2_of(L, e_u[:, None, :] + e_v[None, :, :]) * u[:, None, :] * v[None, :, :], 0.0)
     return plan, e_u + log_weights(u), e_v + log_weights(v), tl.sum(plan, 1), rounds
 
 

@@ -7,7 +7,7 @@ scalings that a round began with; what else a round made is made again from them
 import triton
 import triton.language as tl
 
-from .rounds import LEAST, divide, load_passed
+from .rounds import LEAST, divide, load_passed, small_enough
 from .small import column_sums, entries_at, is_any, load_marginals, log_kernel, row_sums
 
 UNROLL = tl.constexpr(1)
@@ -141,7 +141,8 @@ def implicit(plan, d_log_u, d_log_v, BLOCK_M: tl.constexpr):
     mu = tl.zeros_like(d_log_v)
     direction = residual * inverse_c
     product = tl.sum(residual * direction, 0)
-    enough = product * tl.minimum(1e-20, rounding * rounding)
+    largest = tl.max(columns, 0)
+    enough = small_enough(product, tl.min(tl.where(columns > 0, columns, largest[None, :]), 0), largest)
     active = product > enough
     step = 0
     while (step < 4 * BLOCK_M + 50) & is_any(active):

@@ -26,6 +26,7 @@ from .rounds import (
     SMALLEST64,
     apart,
     divide,
+    exp2_of,
     inverse_norm,
     load_passed,
     log_entries,
@@ -463,7 +464,7 @@ def load_offset(ptr, at_rows, at_columns, in_x, in_y, SWAPPED: tl.constexpr):
 
 @triton.jit
 def plan_tile(L, e_u, u, e_v, v):
-    return tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None] * v[None, :]
+    return exp2_of(L, e_u[:, None] + e_v[None, :]) * u[:, None] * v[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "M"])

@@ -14,7 +14,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import LEAST, apart, load_passed, token_products
+from .rounds import LEAST, apart, load_passed, small_enough, token_products
 from .streaming import (
     gather,
     largest_weight,
@@ -365,6 +365,7 @@ def _gradients_kernel(
     rounding: tl.constexpr = 2.2e-16 if DTYPE == tl.float64 else 1.2e-7
     along, new_product, lift = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
     if FIRST:
+        largest, least = tl.zeros((BLOCK,), DTYPE), tl.full((BLOCK,), float("inf"), DTYPE)
         for first in range(0, M, BLOCK):
             at, inside = first + columns, first + columns < M
             residual = load_lines(start_ptr, lines + at, inside)
@@ -373,11 +374,14 @@ def _gradients_kernel(
             direction = residual * inverse(sums)
             new_product += residual * direction
             lift += sums * direction
+            largest = tl.maximum(largest, sums)
+            least = tl.where(sums > 0, tl.minimum(least, sums), least)
             tl.store(residual_ptr + at, residual, mask=inside)
             tl.store(direction_ptr + at, direction, mask=inside)
             tl.store(total_ptr + lines + at, tl.zeros((BLOCK,), DTYPE), mask=inside)
         product = tl.sum(new_product)
-        enough = product * tl.minimum(1e-20, rounding * rounding)
+        most = tl.max(largest)
+        enough = small_enough(product, tl.minimum(tl.min(least), most), most)
         tl.store(numbers_ptr + 1, enough)
     else:
         old_product, enough, old_lift = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)

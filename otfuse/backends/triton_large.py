@@ -32,7 +32,7 @@ WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
 # there: 16 rows of 4096 columns in float32 are 256 KiB, which 132 multiprocessors have 34 MB of. Tiles of tokens are
 # large, for the tensor cores, which also multiply plans ("attend") and what comes back ("gradient").
 BLOCKS = {
-    "matrix": {2: (16, 256, 4, 2), 4: (16, 256, 4, 2), 8: (16, 64, 4, 2)},
+    "matrix": {2: (16, 256, 8, 2), 4: (16, 256, 8, 2), 8: (16, 64, 4, 2)},
     "tokens": {2: (32, 64, 4, 2), 4: (64, 64, 8, 2), 8: (32, 32, 8, 1)},
     "attend": {2: (64, 64, 8, 2), 4: (32, 32, 4, 2), 8: (16, 32, 4, 2)},
     "gradient": {2: (32, 32, 4, 1), 4: (32, 32, 4, 1), 8: (16, 16, 4, 1)},
