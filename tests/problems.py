@@ -242,7 +242,8 @@ def assert_solves(out: SinkhornOutput, known: Known) -> None:
     assert ((out.marginal_error - error).abs() <= few_roundings()).all()
     assert (out.num_iters == known.num_iters).all() and out.num_iters.dtype == torch.int32
     exponent = (out.f[:, :, None] + out.g[:, None, :] - known.cost) / known.epsilon
-    size = torch.where(live, exponent.abs() + known.cost.abs() / known.epsilon + 1, 1)
+    summands = out.f.abs()[:, :, None] + out.g.abs()[:, None, :] + known.cost.abs()  # which may cancel
+    size = torch.where(live, summands / known.epsilon + 1, 1)
     from_potentials = torch.where(live, exponent, -torch.inf).exp()
     assert ((from_potentials - out.plan).abs() <= 8 * eps() * size).all()
 
