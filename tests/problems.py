@@ -277,10 +277,10 @@ def assert_solution_accurate(
     """:func:`assert_accurate` for all that a solve returns; ``reference`` has its evaluations in front.
 
     Two of its outputs need a word on what a rounding is. The marginal error is a difference of sums that are one,
-    so its roundings are those of the sums. And ``f + c``, ``g - c`` are potentials as good as ``f``, ``g``: no round corrects
-    c, which therefore gathers the roundings of all rounds instead of forgetting them (a round: both potentials,
-    and for each a marginal, a sum and a division, half an eps each). So c is held against that sum, and the
-    potentials without c against the rule.
+    so its roundings are those of the sums. And ``f + c``, ``g - c`` are potentials as good as ``f``, ``g``: no round
+    corrects c, which therefore gathers the roundings of all rounds instead of forgetting them (a round: both
+    potentials, and for each a marginal, a sum and a division, half an eps each). So c is held against that sum, and
+    the potentials without c against the rule.
     """
     assert torch.equal(actual.num_iters, truth.num_iters), f"{what}: num_iters"
     solutions = (actual, reference, exact, truth)
