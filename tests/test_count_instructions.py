@@ -74,10 +74,13 @@ def test_a_round_crosses_the_warps_once():
 
 
 def test_a_round_of_a_small_item_is_nothing_but_its_multiply_adds():
-    """16 multiply-adds or products a side, 8 reciprocals, 8 times a weight, 3 of the loop; no other thread is asked."""
+    """16 multiply-adds or products a side, 8 reciprocals, 8 times a weight, 3 of the loop; no other thread is asked.
+
+    Around the loop some hundred go to the offsets of rows.
+    """
     (rounds, logarithms), whole, mnemonics = counted("small, inference", "float32", 4, 4)
     assert rounds == {"all": 2 * 16 + 8 + 8 + 3, "special": 8}
-    assert whole["all"] <= 550 and rounds["all"] < 200 < logarithms["all"]
+    assert whole["all"] <= 650 and rounds["all"] < 200 < logarithms["all"]
     # A row of a cost at once, in either form; all but error and rounds is stored so too.
     loads, stores = ({name: n for name, n in mnemonics.items() if name.startswith(kind)} for kind in ("LDG", "STG"))
     assert loads == {"LDG.E.128": 8} and stores == {"STG.E": 2, "STG.E.128": 6}
