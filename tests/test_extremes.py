@@ -214,8 +214,6 @@ def test_a_common_factor_of_weights_changes_nothing(backend, device, dtype, fact
 @pytest.mark.parametrize("shape", [(N, M), (80, 70)], ids=str)  # a small item's tokens stay in cache on the cpu backend
 @pytest.mark.parametrize("size_x, size_y", [(1e-20, 1e-20), (1e20, 1e20), (1e-20, 1e20), (1e-35, 1e34)])
 def test_cosines_do_not_depend_on_lengths(backend, device, size_x, size_y, shape):
-    if backend == "triton":
-        pytest.skip("triton: tokens are not scaled, which docs/backends.md says")
     if reasons := why_not(backend, device, *shape):
         pytest.skip(f"{backend}: {reasons}")
     x, y = clustered_tokens(4, *shape, D)
@@ -271,3 +269,23 @@ def test_a_constant_added_to_a_cost_or_to_a_row_changes_nothing(backend, device,
     reference[1] = reference[1] + rows.squeeze(2)
     assert_accurate(actual[1], reference[1].float(), exact[1], exact[1], scale=2 * abs(offset), what="f")
     assert ((actual[2] - exact[2]).abs().nan_to_num() <= 40 * rounding).all()
+
+
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_a_gradient_is_linear_in_what_is_passed_back(backend, device, grad):
+    """Down to numbers that are not normal: finite, and right but for what is flushed to zero on the way."""
+    cost, a = rand(0, 2, N, M, dtype=torch.float32).to(device), rand(1, 2, N, dtype=torch.float32).to(device) + 0.1
+    sent = randn(2, 2, N, M, dtype=torch.float32).to(device)
+    for epsilon in (0.5, 0.02):
+        leaves = [t.detach().requires_grad_() for t in (cost, a)]
+        plan = otfuse.sinkhorn(leaves[0], epsilon, leaves[1], num_iters=30, grad=grad, backend=backend).plan
+
+        def passed_back(size, plan=plan, leaves=leaves):
+            return torch.autograd.grad(plan, leaves, sent * size, retain_graph=True)
+
+        expected = passed_back(1.0)
+        for size in (2.0**-144, 2.0**-120, 2.0**60):
+            for found, right in zip(passed_back(size), expected):
+                flushed = 2.0**-116 if size < 1 else 0.0
+                least = 1e-4 * size * float(right.abs().max()) + flushed
+                torch.testing.assert_close(found, right * size, rtol=1e-3, atol=least)

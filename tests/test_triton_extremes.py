@@ -211,3 +211,94 @@ def test_an_offset_of_a_cost_or_of_its_rows_changes_nothing(on_path, device, pat
         for found, expected, name in zip(actual, exact, SOLVE_NAMES):
             error = (found - expected).abs().max() / expected.abs().max()
             assert error <= 1e-6, f"{path}, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=str)
+def test_a_gradient_is_linear_in_what_is_passed_back(on_path, device, path):  # noqa: F811
+    """Down to numbers that are not normal, which iterations far from the last get at small epsilon."""
+    on_path(path)
+    rows, columns = (6, 5) if path is Path.SMALL else (N, M)
+    cost, a = rand(0, 2, rows, columns, dtype=torch.float32), rand(1, 2, rows, dtype=torch.float32) + 0.1
+    sent = randn(2, 2, rows, columns, dtype=torch.float32)
+    for epsilon in (0.1, 0.001):
+        leaves = [t.to(device).requires_grad_() for t in (cost, a)]
+        plan = otfuse.sinkhorn(leaves[0], epsilon, leaves[1], num_iters=6, backend="triton").plan
+
+        def passed_back(size, plan=plan, leaves=leaves):
+            return torch.autograd.grad(plan, leaves, (sent * size).to(device), retain_graph=True)
+
+        expected = passed_back(1.0)
+        for size in (2.0**-144, 2.0**-132, 2.0**-120, 2.0**60):
+            for found, right in zip(passed_back(size), expected):
+                flushed = 2.0**-116 if size < 1 else 0.0  # on the way, to zero
+                least = 1e-5 * size * float(right.abs().max()) + flushed
+                torch.testing.assert_close(found, right * size, rtol=1e-3, atol=least)
+
+
+def of_lengths(seed: int, lengths: list[float], count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens [2, count, D]: in the first item these lengths take turns, in the second all have the first of them."""
+    tokens = torch.nn.functional.normalize(randn(seed, 2, count, D, dtype=torch.float64), dim=2)
+    mixed = torch.tensor(lengths, dtype=torch.float64)[torch.arange(count) % len(lengths)]
+    return (tokens * torch.stack([mixed, torch.full_like(mixed, lengths[0])])[:, :, None]).to(dtype)
+
+
+def of_plan(x, y, a, b, dtype, device, solve):
+    """The plan, and the gradients of a combination of its entries by each token, times the token's length."""
+    leaves = [t.to(device, dtype).requires_grad_() for t in (x, y)]
+    plan = solve(*leaves, 0.1, a=a.to(device), b=b.to(device), weights="plan", num_iters=6).plan
+    loss = (plan.double() * randn(7, *plan.shape, dtype=torch.float64).to(device)).sum()
+    lengths = [t.double().nan_to_num().norm(dim=2, keepdim=True) for t in (x, y)]
+    grads = [grad.double().cpu() * length for grad, length in zip(torch.autograd.grad(loss, leaves), lengths)]
+    return [plan.detach().cpu(), *(grad.to(dtype) for grad in grads)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("path", [*ATTENDED, None], ids=str)
+def test_cosines_of_tokens_of_any_length(on_path, device, path, dtype):  # noqa: F811
+    """Lengths whose squares and products are no numbers of the solve, beside one, zero, and padding of NaN.
+
+    None: packed, on chip.
+    """
+    if path is not None:
+        on_path(path)
+    lengths = [1e-20, 1e-19, 1.0, 1e19, 1e20] if dtype != torch.float64 else [1e-200, 1e-160, 1.0, 1e160, 1e200]
+    solve = torch.float64 if dtype == torch.float64 else torch.float32
+    for of_x, of_y in ((lengths, lengths[::-1]), (lengths[:1], lengths), (lengths[::-1], lengths[-1:])):
+        x, y = of_lengths(0, of_x, N, dtype), of_lengths(1, of_y, M, dtype)
+        a, b = torch.ones(2, N), torch.ones(2, M)
+        x[:, 3], y[0, 4] = 0, 0  # similarity zero with everything, and no gradient
+        x[1, 9:], a[1, 9:] = float("nan"), 0
+        args = x, y, a, b
+        exact = of_plan(*args, torch.float64, "cpu", specified_attend)
+        reference = references(
+            lambda order, args=args: of_plan(*args, solve, "cpu", reordered(specified_attend, order))
+        )
+        actual = of_plan(*args, dtype, device, packed if path is None else by_triton)
+        for *values, name in zip(actual, reference, exact, ("plan", "gradient by x", "gradient by y")):
+            assert_as_accurate_as_reference(*values, what=f"{path}, {of_x[0]:.0e}, {of_y[0]:.0e}: {name}")
+        assert not actual[1][:, 3].any() and not actual[2][0, 4].any()
+
+
+@pytest.mark.parametrize("path", ATTENDED, ids=str)
+def test_residuals_of_tokens_of_extreme_length(on_path, device, path):  # noqa: F811
+    """What a token gets as a residual does not go by its length, and is added to what does; each token by its size."""
+    on_path(path)
+    for length in (1e-20, 1e20):
+        x, y = of_lengths(0, [length, 1.0], N, torch.float32), of_lengths(1, [length, 1.0], M, torch.float32)
+        sent = randn(5, 2, N, D, dtype=torch.float32)
+
+        def solve(solver, dtype, where, x=x, y=y, sent=sent):
+            leaves = [t.to(where, dtype).requires_grad_() for t in (x, y)]
+            a, b = torch.ones(2, N, device=where), torch.ones(2, M, device=where)
+            out = solver(*leaves, 0.1, a=a, b=b, weights="plan", num_iters=6)
+            return [grad.cpu() for grad in torch.autograd.grad(out.x, leaves, sent.to(where, dtype))]
+
+        exact = solve(specified_attend, torch.float64, "cpu")
+        reference = references(
+            lambda order, solve=solve: solve(reordered(specified_attend, order), torch.float32, "cpu")
+        )
+        actual = solve(by_triton, torch.float32, device)
+        for found, others, right, name in zip(actual, reference, exact, "xy"):
+            size = right.abs().amax(2, keepdim=True)
+            values = (found / size).float(), (others / size).float(), right / size
+            assert_as_accurate_as_reference(*values, what=f"{path}, {length:.0e}: gradient by {name}")

@@ -132,7 +132,7 @@ def _attend_fwd_kernel(
         again_rows, again_columns = rows + tl.minimum(t, 0), columns + tl.minimum(t, 0)
         live_x, live_y = load_live(a_ptr, item, again_rows, N), load_live(b_ptr, item, again_columns, M)
         if similarity_ptr is None:
-            similarity, _, _ = token_products(
+            similarity = token_products(
                 x_ptr + item * N * D, y_ptr + item * M * D, again_rows, again_columns, live_x, live_y, D,
                 COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
@@ -240,7 +240,7 @@ def _similarity_kernel(
         live_x = live_x & (tl.load(a_ptr + item * N + rows, mask=live_x, other=0) != 0)
     if b_ptr is not None:
         live_y = live_y & (tl.load(b_ptr + item * M + columns, mask=live_y, other=0) != 0)
-    similarity, _, _ = token_products(
+    similarity = token_products(
         x_ptr + (item * N + row) * D, y_ptr + (item * M + column) * D, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M),
         live_x, live_y, D,
         COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,

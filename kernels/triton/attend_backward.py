@@ -15,8 +15,8 @@ from .places import wide
 from .rounds import (
     LEAST,
     column_sums,
+    cosines,
     crossed,
-    inverse_norm,
     load_marginals,
     load_passed,
     load_round,
@@ -157,10 +157,12 @@ def store_weight_gradient(grad_ptr, ptr, grad, weights, total, poison, item, siz
 
 @triton.jit
 def pull_side(
-    plan, C, pull, x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_x_ptr, live_x, live_y, item, N, M, D, first, last,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    plan, C, pull, inverse_x, x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_x_ptr, live_x, live_y, item, N, M, D,
+    first, last, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``grad_x = grad_x_out + plan grad_y_out + C y - pull x``, features first … last - 1.
+    """``grad_x = grad_x_out + plan grad_y_out + inverse_x (C y - pull x)``, features first … last - 1.
+
+    Inverse norms, or None, come last: two of them multiplied may be no number.
 
     At padding there is nothing but the residual's own gradient, even if the item is NaN: packed tokens stand there that
     belong to another item.
@@ -175,6 +177,8 @@ def pull_side(
         x = tl.load(x_ptr + at_x + start, mask=live_x[:, None] & in_D, other=0.0)
         y = tl.load(y_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
         grad = dot_split(C_high, C_low, C_unit, y, -pull[:, None] * x.to(plan.dtype), PRECISION)
+        if inverse_x is not None:
+            grad *= inverse_x[:, None]
         if grad_y_out_ptr is not None:
             grad_y_out = tl.load(grad_y_out_ptr + at_y + start, mask=live_y[:, None] & in_D, other=0.0)
             grad = dot_split(plan_high, plan_low, plan_unit, grad_y_out, grad, PRECISION)
@@ -239,8 +243,10 @@ def _attend_bwd_kernel(
         if CROSSED != 0:
             similarity, from_x, from_y = tl.trans(similarity), tl.trans(from_x), tl.trans(from_y)
         if COSINE:
-            inverse_x, inverse_y = inverse_norm(square_x), inverse_norm(square_y)
-            similarity = similarity * inverse_x[:, None] * inverse_y[None, :]
+            similarity, inverse_x, inverse_y = cosines(
+                similarity, square_x, square_y, x_ptr + item * N * D, y_ptr + item * M * D, rows, columns,
+                live_x, live_y, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+            )  # fmt: skip
     else:
         similarity = tl.load(cost_ptr + entries, mask=live, other=0.0).to(DTYPE)
 
@@ -302,18 +308,18 @@ def _attend_bwd_kernel(
         pull_x, pull_y = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
         if COSINE:
             weighed = grad * similarity
-            pull_x = tl.sum(weighed, 1) * inverse_x * inverse_x
-            pull_y = tl.sum(weighed, 0) * inverse_y * inverse_y
-            grad = grad * inverse_x[:, None] * inverse_y[None, :]
+            pull_x, pull_y = tl.sum(weighed, 1) * inverse_x, tl.sum(weighed, 0) * inverse_y
         plan_x, plan_y = plan, plan
         if BARYCENTRIC:
             plan_x, plan_y = plan * inverse_b[None, :], plan * inverse_a[:, None]
         first, end = part * part_features, tl.minimum(D, (part + 1) * part_features)
         pull_side(
-            plan_x, grad, pull_x, x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_x_ptr,
+            plan_x, grad * inverse_y[None, :] if COSINE else grad, pull_x, inverse_x if COSINE else None,
+            x_ptr, y_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_x_ptr,
             live_x, live_y, item, N, M, D, first, end, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         pull_side(
-            tl.trans(plan_y), tl.trans(grad), pull_y, y_ptr, x_ptr, grad_y_out_ptr, grad_x_out_ptr, grad_y_ptr,
+            tl.trans(plan_y), tl.trans(grad * inverse_x[:, None] if COSINE else grad), pull_y,
+            inverse_y if COSINE else None, y_ptr, x_ptr, grad_y_out_ptr, grad_x_out_ptr, grad_y_ptr,
             live_y, live_x, item, M, N, D, first, end, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip

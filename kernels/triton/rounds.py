@@ -34,6 +34,10 @@ SMALLEST64 = tl.constexpr(1e-300)
 # Of an item's largest weight: what a live one is at least (docs/numerics.md).
 LEAST = tl.constexpr(1e-30)
 
+# The largest size that a token is divided by, and one over the smallest: powers of two.
+FARTHEST32 = tl.constexpr(2.0**120)
+FARTHEST64 = tl.constexpr(2.0**1000)
+
 LARGEST32 = tl.constexpr(3.4028234663852886e38)  # the largest finite numbers
 LARGEST64 = tl.constexpr(1.7976931348623157e308)
 
@@ -161,30 +165,121 @@ def token_products(
     x_ptr, y_ptr, rows, columns, live_x, live_y, D, COSINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Similarity [BLOCK_N, BLOCK_M] of tokens from these addresses on, and their inverse norms, in one pass.
+    """Similarity [BLOCK_N, BLOCK_M] of tokens from these addresses on, in one pass. Padding is not read."""
+    similarity, square_x, square_y = scaled_products(
+        x_ptr, y_ptr, rows, columns, live_x, live_y, None, None, D, COSINE, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE
+    )
+    if COSINE:
+        similarity, _, _ = cosines(
+            similarity, square_x, square_y, x_ptr, y_ptr, rows, columns, live_x, live_y, D, PRECISION,
+            BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+        )  # fmt: skip
+    return similarity
 
-    Padding is not read. Without COSINE the norms are one.
+
+@triton.jit
+def scaled_products(
+    x_ptr, y_ptr, rows, columns, live_x, live_y, unit_x, unit_y, D, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Inner products [BLOCK_N, BLOCK_M] of tokens, and of each with itself if SQUARES, in one pass.
+
+    Units, or None, are powers of two that tokens are multiplied by first.
     """
     features = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + rows[:, None] * D + features[None, :]
     y_ptrs = y_ptr + columns[:, None] * D + features[None, :]
     CROSSED: tl.constexpr = crossed(x_ptr.dtype.element_ty, BLOCK_N, BLOCK_M)
-    similarity = tl.zeros((BLOCK_M, BLOCK_N) if CROSSED != 0 else (BLOCK_N, BLOCK_M), DTYPE)
+    products = tl.zeros((BLOCK_M, BLOCK_N) if CROSSED != 0 else (BLOCK_N, BLOCK_M), DTYPE)
     square_x, square_y = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
     for start in range(0, D, BLOCK_D):
         inside = (start + features < D)[None, :]
         x = tl.load(x_ptrs + start, mask=live_x[:, None] & inside, other=0.0)
         y = tl.load(y_ptrs + start, mask=live_y[:, None] & inside, other=0.0)
-        similarity = tile_product(x, y, similarity, CROSSED, PRECISION)
-        if COSINE:
+        if unit_x is not None:
+            x, y = (x.to(DTYPE) * unit_x[:, None]).to(x.dtype), (y.to(DTYPE) * unit_y[:, None]).to(y.dtype)
+        products = tile_product(x, y, products, CROSSED, PRECISION)
+        if SQUARES:
             square_x += tl.sum(x.to(DTYPE) * x.to(DTYPE), 1)
             square_y += tl.sum(y.to(DTYPE) * y.to(DTYPE), 1)
     if CROSSED != 0:
-        similarity = tl.trans(similarity)
-    if not COSINE:
-        return similarity, tl.full((BLOCK_N,), 1.0, DTYPE), tl.full((BLOCK_M,), 1.0, DTYPE)
+        products = tl.trans(products)
+    return products, square_x, square_y
+
+
+@triton.jit
+def cosines(
+    products, square_x, square_y, x_ptr, y_ptr, rows, columns, live_x, live_y, D, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Cosines [BLOCK_N, BLOCK_M] and inverse norms of tokens with these products and squares.
+
+    They are read again where one is so long or so short, or nothing, that these may have left the range.
+    """
     inverse_x, inverse_y = inverse_norm(square_x), inverse_norm(square_y)
-    return similarity * inverse_x[:, None] * inverse_y[None, :], inverse_x, inverse_y
+    similarity = products * inverse_x[:, None] * inverse_y[None, :]
+    if x_ptr.dtype.element_ty != tl.float16:  # whose squares float32 holds
+        if are_beyond(inverse_x, live_x) | are_beyond(inverse_y, live_y):
+            inverse_x = inverse_norms(x_ptr, rows, live_x, D, BLOCK_N, BLOCK_D, DTYPE)
+            inverse_y = inverse_norms(y_ptr, columns, live_y, D, BLOCK_M, BLOCK_D, DTYPE)
+            similarity = cosines_of_any_length(
+                x_ptr, y_ptr, rows, columns, live_x, live_y, inverse_x, inverse_y, D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+            )  # fmt: skip
+    return similarity, inverse_x, inverse_y
+
+
+@triton.jit
+def cosines_of_any_length(
+    x_ptr, y_ptr, rows, columns, live_x, live_y, inverse_x, inverse_y, D, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Cosines [BLOCK_N, BLOCK_M] of tokens with these inverse norms, each of which is brought near one first."""
+    unit_x, size_x = powers_of_two(inverse_x)
+    unit_y, size_y = powers_of_two(inverse_y)
+    products, _, _ = scaled_products(
+        x_ptr, y_ptr, rows, columns, live_x, live_y, unit_x, unit_y, D, False, PRECISION,
+        BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+    )  # fmt: skip
+    return products * (inverse_x * size_x)[:, None] * (inverse_y * size_y)[None, :]
+
+
+@triton.jit
+def inverse_norms(ptr, rows, live, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """Of tokens [BLOCK] of any length: a token is divided by a power of two near its largest entry first.
+
+    One whose inverse norm may be no number counts as zero.
+    """
+    features = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] * D + features[None, :]
+    largest, square = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
+    for start in range(0, D, BLOCK_D):
+        inside = live[:, None] & (start + features < D)[None, :]
+        x = tl.load(ptrs + start, mask=inside, other=0.0).to(DTYPE)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+    _, unit = powers_of_two(largest)
+    for start in range(0, D, BLOCK_D):
+        inside = live[:, None] & (start + features < D)[None, :]
+        x = tl.load(ptrs + start, mask=inside, other=0.0).to(DTYPE) * unit[:, None]
+        square += tl.sum(x * x, 1)
+    farthest: tl.constexpr = FARTHEST64 if DTYPE == tl.float64 else FARTHEST32
+    return tl.where(largest < 1 / farthest, 0.0, inverse_norm(square) * unit)
+
+
+@triton.jit
+def powers_of_two(sizes):
+    """Near these sizes, but for the farthest, and one over them; one for zero."""
+    farthest: tl.constexpr = FARTHEST64 if sizes.dtype == tl.float64 else FARTHEST32
+    near = tl.minimum(tl.maximum(tl.where(sizes == 0, 1.0, sizes), 1 / farthest), farthest)
+    exponent = tl.floor(tl.log2(near))
+    return tl.exp2(exponent), tl.exp2(-exponent)
+
+
+@triton.jit
+def are_beyond(inverse, live):
+    """Whether squares or products of any of these tokens may have left the range, by their inverse norms."""
+    most: tl.constexpr = 1e140 if inverse.dtype == tl.float64 else 1e12
+    return tl.max(tl.where(live & ~((inverse >= 1 / most) & (inverse <= most)), 1, 0)) != 0
 
 
 @triton.jit
@@ -364,8 +459,12 @@ def whole(exponent):
 
 @triton.jit
 def apart(scaling, exponent):
-    """A number whose size is between one and two, or zero, and the exponent of two that it is to be multiplied by."""
-    grown = whole(tl.log2(tl.abs(scaling)))
+    """A number whose size is between one and two, or zero, and the exponent of two that it is to be multiplied by.
+
+    One that is smaller than a normal number, as what is pulled may be, stays below one: exp2(-exponent) is infinite.
+    """
+    most: tl.constexpr = 1022.0 if scaling.dtype == tl.float64 else 126.0
+    grown = tl.minimum(tl.maximum(whole(tl.log2(tl.abs(scaling))), -most), most)
     return scaling * tl.exp2(-grown), exponent + grown
 
 

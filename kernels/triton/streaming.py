@@ -25,9 +25,12 @@ from .rounds import (
     SMALLEST32,
     SMALLEST64,
     apart,
+    are_beyond,
+    cosines_of_any_length,
     divide,
     exp2_of,
     inverse_norm,
+    inverse_norms,
     load_passed,
     log_entries,
     log_scale,
@@ -142,7 +145,11 @@ def _norms_kernel(
         inside = live[:, None] & (offset + features < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] * D + offset + features[None, :], mask=inside, other=0.0).to(DTYPE)
         square += tl.sum(x * x, 1)
-    tl.store(inverse_ptr + lines, inverse_norm(square), mask=start + rows < N)
+    inverse = inverse_norm(square)
+    if x_ptr.dtype.element_ty != tl.float16:  # whose squares float32 holds
+        if are_beyond(inverse, live):
+            inverse = inverse_norms(x_ptr, rows, live, D, BLOCK_N, BLOCK_D, DTYPE)
+    tl.store(inverse_ptr + lines, inverse, mask=start + rows < N)
 
 
 @triton.jit
@@ -168,10 +175,16 @@ def similarity_tile(
     """Similarity [BLOCK_N, BLOCK_M] from these addresses on, zero at padding, which is not read."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     if matrix_ptr is None:
-        tile, _, _ = token_products(
-            x_ptr, y_ptr, rows, columns, live_x, live_y, D, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE
-        )
-        tile = tile * inverse_x[:, None] * inverse_y[None, :]
+        if are_beyond(inverse_x, inverse_x != 0) | are_beyond(inverse_y, inverse_y != 0):
+            tile = cosines_of_any_length(
+                x_ptr, y_ptr, rows, columns, live_x, live_y, inverse_x, inverse_y, D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
+            )  # fmt: skip
+        else:
+            tile = token_products(
+                x_ptr, y_ptr, rows, columns, live_x, live_y, D, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE
+            )
+            tile = tile * inverse_x[:, None] * inverse_y[None, :]
     else:
         at = rows[:, None] * stride_n + columns[None, :] * stride_m
         tile = tl.load(matrix_ptr + at, mask=live_x[:, None] & live_y[None, :], other=0.0).to(DTYPE)

@@ -65,11 +65,11 @@ def plan_gradient(
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     from_x, from_y = tl.zeros((BLOCK_N, BLOCK_M), DTYPE), tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
     if grad_x_out_ptr is not None:
-        from_x, _, _ = token_products(
+        from_x = token_products(
             grad_x_out_ptr, y_ptr, rows, columns, live_x, live_y, D, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE
         )
     if grad_y_out_ptr is not None:
-        from_y, _, _ = token_products(
+        from_y = token_products(
             x_ptr, grad_y_out_ptr, rows, columns, live_x, live_y, D, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE
         )
     if BARYCENTRIC:
@@ -548,7 +548,9 @@ def _pull_kernel(
     poison = tl.load(history_ptr - 2)
     pull_ptr = None if pull_ptr is None else pull_ptr + num_iters * lines
     total_ptr = None if total_ptr is None else total_ptr + lines
-    grad_x, weighed = tl.zeros((BLOCK_N, BLOCK_F), DTYPE), tl.zeros((BLOCK_N,), DTYPE)
+    # Inverse norms come last, as in attend_backward.pull_side: what is not to be multiplied by them is added apart.
+    grad_x, attended = tl.zeros((BLOCK_N, BLOCK_F), DTYPE), tl.zeros((BLOCK_N, BLOCK_F), DTYPE)
+    weighed = tl.zeros((BLOCK_N,), DTYPE)
     at = rows[:, None] * stride_n + columns[None, :] * stride_m
     for first in range(0, M, BLOCK_M):
         in_y, line_y = first + columns < M, (0 if SWAPPED else N) + first + columns
@@ -586,7 +588,7 @@ def _pull_kernel(
             grad += tl.load(grad_similarity_ptr + along + at, mask=live, other=0.0).to(DTYPE)
         if COSINE:
             weighed += tl.sum(grad * similarity, 1)
-            grad = grad * inverse_x[:, None] * inverse_y[None, :]
+            grad = grad * inverse_y[None, :]
         step, at_y = wide(first) * D, columns[:, None] * D + features[None, :]
         y = tl.load(y_ptr + step + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
         high, low, unit = split(grad, y.dtype)
@@ -596,12 +598,13 @@ def _pull_kernel(
                 plan *= inverse(b)[None, :]
             grad_y_out = tl.load(grad_y_out_ptr + step + at_y, mask=(b != 0)[:, None] & in_D, other=0.0)
             high, low, unit = split(plan, y.dtype)
-            grad_x = dot_split(high, low, unit, grad_y_out, grad_x, PRECISION)
+            attended = dot_split(high, low, unit, grad_y_out, attended, PRECISION)
     at_x = rows[:, None] * D + features[None, :]
     inside = in_x[:, None] & in_D
     if COSINE:
         x = tl.load(x_ptr + at_x, mask=(a != 0)[:, None] & inside, other=0.0).to(DTYPE)
-        grad_x -= (weighed * inverse_x * inverse_x)[:, None] * x
+        grad_x = (grad_x - (weighed * inverse_x)[:, None] * x) * inverse_x[:, None]
+    grad_x += attended
     # At padding nothing but the residual's own gradient, even if the item is NaN: as attend_backward.pull_side.
     grad_x = tl.where((a != 0)[:, None], grad_x, 0.0)
     if grad_x_out_ptr is not None:
