@@ -11,6 +11,7 @@ import operator
 
 import pytest
 import torch
+from problems import randn
 from test_ops import ends, scalar, tokens
 
 import otfuse
@@ -141,6 +142,20 @@ def test_epsilon_alone(name, backend, cache):
     for epsilon in (1.0, 0.7, 0.5, 0.3, 0.2):
         actual, expected = (called(*inputs, epsilon, None, 0.5, backend)[:3] for called in (compiled, run))
         assert_same(list(actual), list(expected), f"{epsilon}")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_sizes_that_change_with_the_numbers(backend, dynamic, cache):
+    """Sizes and Python numbers are symbols of a graph side by side."""
+    run, _ = FUNCTIONS["attend"]
+    compiled = torch.compile(run, dynamic=dynamic)
+    sizes = [(2, 5, 3), (3, 7, 4), (4, 6, 9), (1, 8, 8), (3, 4, 2)]
+    for (B, N, M), *numbers in zip(sizes, EPSILONS, TOLS, TEMPERATURES):
+        inputs = [randn(k, B, n, 6).requires_grad_() for k, n in enumerate((N, M))]
+        expected = results(run, inputs, *numbers, backend)
+        assert_same(results(compiled, inputs, *numbers, backend), expected, f"{N} x {M}, {numbers}")
 
 
 class Fused(torch.nn.Module):
