@@ -36,8 +36,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from variant import SAMPLED, SOLUTION, TOKENS, WEIGHTS, Resources, Row, Variant
 
-from otfuse.backends._triton_configurations import CLASSES, SHARED_MEMORY, block_sizes
-from otfuse.backends._triton_paths import fits_on_chip
+from otfuse._backends.triton.configurations import CLASSES, SHARED_MEMORY, block_sizes
+from otfuse._backends.triton.paths import fits_on_chip
 
 PACKAGE = "otfuse.kernels.triton"
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"

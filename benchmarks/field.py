@@ -22,8 +22,8 @@ from peers import (
 from timing import Contender
 from torch import Tensor
 
-from otfuse.backends import BACKENDS
-from otfuse.problem import Problem, cost_problem, token_problem
+from otfuse._backends.select import BACKENDS
+from otfuse._problem import Problem, cost_problem, token_problem
 
 Field = tuple[list[Contender], dict[str, str]]
 SIMULATED = ("triton", "tpc")  # on a CPU they run in an interpreter or an emulator

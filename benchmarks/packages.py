@@ -175,7 +175,7 @@ def liger(measured: Measured, device: torch.device) -> Contender:
 
 
 def _interpreted() -> bool:
-    from otfuse.backends.triton import INTERPRETED
+    from otfuse._backends.triton.attend import INTERPRETED
 
     return INTERPRETED
 

@@ -16,7 +16,7 @@ from peers import with_gradient
 from torch import Tensor
 
 import otfuse
-from otfuse.problem import VarlenProblem
+from otfuse._problem import VarlenProblem
 from otfuse.testing import clustered_tokens, specified_attend
 from otfuse.varlen import attend_padded
 

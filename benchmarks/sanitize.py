@@ -18,7 +18,7 @@ from torch import Tensor
 
 import otfuse
 from otfuse import loss
-from otfuse.backends import triton_loss
+from otfuse._backends.triton import loss as triton_loss
 from otfuse.testing import clustered_tokens
 
 ROUNDS = 3

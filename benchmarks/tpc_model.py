@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from otfuse.kernels.tpc import model
-from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, LAUNCHES_US, MACHINES, Machine, Work
 from torch import Tensor
 
 import otfuse
-from otfuse import tpc_ops
-from otfuse.backends import _tpc_emulator as emulator
-from otfuse.backends import torch as plain
+from otfuse._backends.torch import solver as plain
+from otfuse._backends.tpc import emulator
+from otfuse._backends.tpc import ops as tpc_ops
+from otfuse.kernels.tpc import model
+from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, LAUNCHES_US, MACHINES, Machine, Work
 from otfuse.testing import clustered_tokens
 
 ROUNDS = 50

@@ -25,7 +25,7 @@ from ahead_of_time import KERNELS, compiling, try_row
 from variant import Resources, Row
 
 import otfuse
-from otfuse.backends import _triton_configurations as configurations
+from otfuse._backends.triton import configurations
 from otfuse.testing import clustered_tokens
 
 CONFIGURATIONS = KERNELS / "configurations.json"

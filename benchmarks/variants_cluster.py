@@ -1,4 +1,4 @@
-"""Rows of the ahead-of-time table: all rounds over a cluster (``otfuse.backends.triton_cluster``)."""
+"""Rows of the ahead-of-time table: all rounds over a cluster (``otfuse._backends.triton.cluster``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 import torch
 from variant import Family, Variant
 
-from otfuse.backends._triton_paths import cluster_size, fits_on_chip
-from otfuse.backends.triton_cluster import HELD, cluster_blocks
+from otfuse._backends.triton.cluster import HELD, cluster_blocks
+from otfuse._backends.triton.paths import cluster_size, fits_on_chip
 
 _KERNEL = ("cluster", "_rounds_kernel")
 _SOLUTION = "weights_ptr items_ptr first_ptr exponent_ptr scaling_ptr f_ptr g_ptr error_ptr"

@@ -1,13 +1,13 @@
-"""Rows of the ahead-of-time table: packed tokens (``otfuse.backends.triton_varlen``)."""
+"""Rows of the ahead-of-time table: packed tokens (``otfuse._backends.triton.varlen``)."""
 
 from __future__ import annotations
 
 import variants_streaming
 from variant import SAMPLED, SOLUTION, TOKENS, Family, Variant
 
-from otfuse.backends._triton_configurations import block_sizes
-from otfuse.backends._triton_varlen_long import MADE
-from otfuse.backends.triton_varlen import _MOVED as MOVED
+from otfuse._backends.triton.configurations import block_sizes
+from otfuse._backends.triton.varlen import _MOVED as MOVED
+from otfuse._backends.triton.varlen_streaming import MADE
 
 # What is launched for items that no tile holds, with a table instead of one size for all.
 _LONG = (

@@ -1,11 +1,11 @@
-"""Rows of the ahead-of-time table: many small costs (``otfuse.backends.triton_small``)."""
+"""Rows of the ahead-of-time table: many small costs (``otfuse._backends.triton.small``)."""
 
 from __future__ import annotations
 
 import torch
 from variant import SOLUTION, WEIGHTS, Family, Variant
 
-from otfuse.backends.triton_small import small_blocks
+from otfuse._backends.triton.small import small_blocks
 
 _FORWARD = ("small", "_small_fwd_kernel")
 _BACKWARD = ("small_backward", "_small_bwd_kernel")

@@ -1,11 +1,11 @@
-"""Rows of the ahead-of-time table: problems beyond the chip (``otfuse.backends.triton_large``)."""
+"""Rows of the ahead-of-time table: problems beyond the chip (``otfuse._backends.triton.streaming``)."""
 
 from __future__ import annotations
 
 import torch
 from variant import Family, Variant
 
-from otfuse.backends.triton_large import ATTENDED, LINES, WHOLE_LINES, blocks_of
+from otfuse._backends.triton.streaming import ATTENDED, LINES, WHOLE_LINES, blocks_of
 
 # Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": triton_large.blocks_of) is what is configured.
 _FORWARD_STRIP = ("streaming", "_strip_kernel")

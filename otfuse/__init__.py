@@ -1,10 +1,11 @@
 """Optimal-transport fusion layers: batched Sinkhorn and OT attention, exact, differentiable and fast."""
 
 from otfuse import nn
-from otfuse.backends import BackendError, backends
+from otfuse._backends.base import BackendError
+from otfuse._backends.select import backends
+from otfuse._problem import SinkhornAttendOutput, SinkhornOutput
 from otfuse.functional import similarity_matrix, sinkhorn, sinkhorn_attend
 from otfuse.loss import ot_alignment_loss
-from otfuse.problem import SinkhornAttendOutput, SinkhornOutput
 from otfuse.varlen import sinkhorn_attend_varlen
 
 __version__ = "0.1.0"

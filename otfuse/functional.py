@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from otfuse import attention
-from otfuse.backends import select
-from otfuse.problem import (
+from otfuse import _attention as attention
+from otfuse._backends.base import attend, solve
+from otfuse._backends.select import select
+from otfuse._problem import (
     SIMILARITIES,
-    Problem,
     SinkhornAttendOutput,
     SinkhornOutput,
+    SolveOptions,
     check_choice,
     check_pair,
     check_tensor,
@@ -81,7 +82,9 @@ def sinkhorn_attend(
 
     Source: Rho et al., LAVCap, ICASSP 2025 (arXiv 2501.09291), Eqs. 2, 3 and 5; Cuturi, NeurIPS 2013.
     """
-    return attend(token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, grad, return_plan), backend)
+    options = SolveOptions(epsilon, num_iters, tol, grad)
+    problem = token_problem(x, y, a, b, options, similarity, weights, return_plan)
+    return attend(select(problem, backend), problem)
 
 
 def sinkhorn(
@@ -121,12 +124,8 @@ def sinkhorn(
 
     Source: Cuturi, Sinkhorn Distances, NeurIPS 2013.
     """
-    problem = cost_problem(cost, epsilon, a, b, num_iters, tol, grad)
-    chosen = select(problem, backend)
-    with attention.full_precision(cost.device):
-        if 0 in problem.shape[1:]:
-            return _without_tokens(problem)
-        return chosen.sinkhorn(problem)
+    problem = cost_problem(cost, a, b, SolveOptions(epsilon, num_iters, tol, grad))
+    return solve(select(problem, backend), problem)
 
 
 def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
@@ -153,38 +152,3 @@ def similarity_matrix(x: Tensor, y: Tensor, kind: str = "cosine") -> Tensor:
     check_choice("kind", kind, SIMILARITIES)
     with attention.full_precision(x.device):
         return attention.similarity(attention.solve_precision(x), attention.solve_precision(y), kind).to(x.dtype)
-
-
-def attend(problem: Problem, backend: str) -> SinkhornAttendOutput:
-    """``sinkhorn_attend`` of arguments that have been checked."""
-    out, _ = attend_in_solve_dtype(problem, backend)
-    return out._replace(
-        plan=out.plan.to(problem.values.dtype) if problem.return_plan and out.plan is not None else None
-    )
-
-
-def attend_in_solve_dtype(
-    problem: Problem, backend: str, similarity: bool = False
-) -> tuple[SinkhornAttendOutput, Tensor | None]:
-    """``sinkhorn_attend`` with the plan in the solve dtype, and if asked for the similarity it was solved for."""
-    chosen = select(problem, backend)
-    assert problem.x is not None and problem.y is not None
-    with attention.full_precision(problem.x.device):
-        if 0 in problem.shape[1:]:
-            empty = _without_tokens(problem)
-            return SinkhornAttendOutput(problem.x + 0, problem.y + 0, *empty), empty.plan
-        return chosen.attend(problem, similarity)
-
-
-def _without_tokens(problem: Problem) -> SinkhornOutput:
-    """N or M is zero: nothing to transport, for any backend."""
-    B, N, M = problem.shape
-    empty = problem.values.new_empty(0)
-    potentials = empty.to(problem.solve_dtype)
-    return SinkhornOutput(
-        empty.new_zeros(B, N, M) if problem.cost is None else problem.cost + 0,
-        potentials.new_full((B, N), -float("inf")),
-        potentials.new_full((B, M), -float("inf")),
-        potentials.new_zeros(B),
-        potentials.new_zeros(B).int(),
-    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import otfuse
-from otfuse.backends import _tpc_emulator
+from otfuse._backends.tpc import emulator as _tpc_emulator
 
 PACKAGES = ("torch", "triton", "numba", "habana-torch-plugin", "POT", "av", "matplotlib", "numpy")
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from otfuse import functional
+from otfuse._backends.base import attend_in_solve_dtype
+from otfuse._backends.select import select
+from otfuse._problem import SinkhornAttendOutput, SolveOptions, token_problem
 from otfuse.loss import ot_alignment_loss
-from otfuse.problem import SinkhornAttendOutput, token_problem
 
 
 class OTAttention(torch.nn.Module):
@@ -130,10 +132,9 @@ class OTFusion(torch.nn.Module):
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> OTFusionOutput:
         """x [B, N, D], y [B, M, D], a [B, N], b [B, M]; see :func:`otfuse.sinkhorn_attend`."""
         o = self.attention
-        problem = token_problem(
-            x, y, o.epsilon, a, b, o.similarity, o.num_iters, o.tol, o.weights, o.grad, return_plan=True
-        )
-        out, similarity = functional.attend_in_solve_dtype(problem, o.backend, similarity=True)
+        options = SolveOptions(o.epsilon, o.num_iters, o.tol, o.grad)
+        problem = token_problem(x, y, a, b, options, o.similarity, o.weights, return_plan=True)
+        out, similarity = attend_in_solve_dtype(select(problem, o.backend), problem, similarity=True)
         assert out.plan is not None and similarity is not None
         loss = ot_alignment_loss(
             out.plan,

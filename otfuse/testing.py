@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otfuse import attention
-from otfuse.attention import Marginals
-from otfuse.backends import torch as plain
-from otfuse.backends.base import Backend, Solution
-from otfuse.problem import Problem, SinkhornAttendOutput, SinkhornOutput, cost_problem, token_problem
+from otfuse import _attention as attention
+from otfuse._attention import Marginals
+from otfuse._backends.base import Backend, Solution
+from otfuse._backends.torch import solver as plain
+from otfuse._problem import Problem, SinkhornAttendOutput, SinkhornOutput, SolveOptions, cost_problem, token_problem
 
 
 def clustered_tokens(
@@ -63,7 +63,7 @@ class SpecificationBackend(Backend):
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
         def solver(s: Tensor, a: Tensor, b: Tensor) -> Solution:
-            return plain.specification(s, a, b, problem.epsilon, problem.num_iters, problem.tol)
+            return plain.specification(s, a, b, problem.options)
 
         return plain.solve(solver, similarity, p)
 
@@ -78,7 +78,7 @@ def specified_sinkhorn(
     tol: float | None = None,
 ) -> SinkhornOutput:
     """:func:`otfuse.sinkhorn` by the specification, in the dtype of ``cost``; exact when that is float64."""
-    problem = cost_problem(cost, epsilon, a, b, num_iters, tol, "unroll")
+    problem = cost_problem(cost, a, b, SolveOptions(epsilon, num_iters, tol))
     solution = SpecificationBackend().solve(-cost.to(problem.solve_dtype), attention.marginals(problem), problem)
     return SinkhornOutput(*solution)
 
@@ -96,7 +96,7 @@ def specified_attend(
     weights: str = "plan",
 ) -> SinkhornAttendOutput:
     """:func:`otfuse.sinkhorn_attend` by the specification, in the dtype of the tokens, plan included."""
-    problem = token_problem(x, y, epsilon, a, b, similarity, num_iters, tol, weights, "unroll", True)
+    problem = token_problem(x, y, a, b, SolveOptions(epsilon, num_iters, tol), similarity, weights, True)
     return SpecificationBackend().attend(problem)[0]
 
 

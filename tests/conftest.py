@@ -9,10 +9,10 @@ import problems
 import pytest
 import torch
 
-from otfuse.backends import BACKENDS
-from otfuse.backends.base import is_installed
-from otfuse.backends.triton import INTERPRETED
-from otfuse.problem import cost_problem
+from otfuse._backends.base import is_installed
+from otfuse._backends.select import BACKENDS
+from otfuse._backends.triton.attend import INTERPRETED
+from otfuse._problem import cost_problem
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "tpc")
 

@@ -24,8 +24,9 @@ from gaudi_libraries import libraries, plugin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from otfuse.backends import _tpc_emulator as emulator
-from otfuse.backends import _tpc_library, base
+from otfuse._backends import base
+from otfuse._backends.tpc import emulator
+from otfuse._backends.tpc import library as _tpc_library
 
 
 class Argument(ctypes.Structure):

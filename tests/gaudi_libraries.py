@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-from otfuse.backends._tpc_emulator import cache_folder
+from otfuse._backends.tpc.emulator import cache_folder
 
 ROOT = Path(__file__).parents[1]
 SDK = ROOT / "tests" / "stand_in_sdk"

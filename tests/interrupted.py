@@ -15,7 +15,7 @@ import time
 import torch
 
 import otfuse
-from otfuse.backends import cpu
+from otfuse._backends.cpu import launch as cpu
 
 GUARD = 7.0
 

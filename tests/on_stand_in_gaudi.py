@@ -15,8 +15,9 @@ from gaudi_glue import KERNELS, PRODUCTS, products_around_kernels, signature
 from gaudi_libraries import libraries, plugin
 
 import otfuse
-from otfuse.backends import _tpc_library, select
-from otfuse.problem import cost_problem
+from otfuse._backends.select import select
+from otfuse._backends.tpc import library as _tpc_library
+from otfuse._problem import cost_problem
 from otfuse.testing import clustered_tokens
 
 ctypes.CDLL(str(plugin()))  # before torch asks what devices there are

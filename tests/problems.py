@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from otfuse.backends import BACKENDS
-from otfuse.problem import SinkhornOutput, cost_problem
+from otfuse._backends.select import BACKENDS
+from otfuse._problem import SinkhornOutput, cost_problem
 from otfuse.testing import assert_as_accurate_as_reference, specified_sinkhorn
 
 _inner = [torch.float64]

@@ -18,11 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import otfuse
-from otfuse import ops
-from otfuse.backends import triton as backend
-from otfuse.backends import triton_cluster, triton_varlen
-from otfuse.backends.triton import TritonBackend
-from otfuse.backends.triton_cluster import HELD
+from otfuse import _ops as ops
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import cluster as triton_cluster
+from otfuse._backends.triton import varlen as triton_varlen
+from otfuse._backends.triton.attend import TritonBackend
+from otfuse._backends.triton.cluster import HELD
 
 launches: list[tuple[Any, ...]] = []
 

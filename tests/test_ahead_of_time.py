@@ -19,8 +19,8 @@ from ahead_of_time import Resources, Row  # noqa: E402
 from variants_packed import LONG  # noqa: E402
 from variants_streaming import VARIANTS as STREAMING  # noqa: E402
 
-from otfuse.backends import _triton_configurations as configurations  # noqa: E402
-from otfuse.backends._triton_paths import fits_on_chip, tile_side  # noqa: E402
+from otfuse._backends.triton import configurations  # noqa: E402
+from otfuse._backends.triton.paths import fits_on_chip, tile_side  # noqa: E402
 
 ROWS = ahead_of_time.rows()
 

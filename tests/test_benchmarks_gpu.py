@@ -155,10 +155,10 @@ def test_the_sanitizer_sees_every_way(monkeypatch, target):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import sanitize
 
-    from otfuse.backends import triton_loss
-    from otfuse.backends._triton_paths import Path as Way
-    from otfuse.backends._triton_paths import choose, fits_on_chip
-    from otfuse.backends.triton_cluster import HELD
+    from otfuse._backends.triton import loss as triton_loss
+    from otfuse._backends.triton.cluster import HELD
+    from otfuse._backends.triton.paths import Path as Way
+    from otfuse._backends.triton.paths import choose, fits_on_chip
 
     memory = 16 << 30, HELD[target]
     tokens, costs, aligned = set(), set(), 0

@@ -16,7 +16,7 @@ from test_ops import ends, scalar, tokens
 
 import otfuse
 from otfuse import loss as losses
-from otfuse.backends import _tpc_emulator as emulator
+from otfuse._backends.tpc import emulator
 
 EPSILONS = (1.0, 0.7, 0.4, 0.25, 0.15)
 TOLS = (0.05, 0.02, 0.2, 0.5, 0.35)

@@ -104,7 +104,7 @@ logging.getLogger("otfuse").addHandler(logging.Handler())
 logging.getLogger("otfuse").handlers[0].emit = lambda record: lines.append(record.getMessage())
 import otfuse
 reasons = otfuse.backends()["cpu"]
-from otfuse.backends import _cpu_kernels
+from otfuse._backends.cpu import kernels as _cpu_kernels
 found = numpy.full(3, 7.0, numpy.float32)
 _cpu_kernels._ones_where(numpy.array([2.0, 0.0, 3.0], numpy.float32), found)
 json.dump({"reasons": reasons, "found": found.tolist(), "lines": lines, "from": otfuse.__file__}, sys.stdout)
@@ -134,11 +134,11 @@ def doubled(tmp_path, caplog):
     """Double a number by a function of a module that is read anew, as a new process does; and what it logged."""
     path = tmp_path / "doubling.py"
     path.write_text(
-        "from otfuse.backends._numba_cache import njit\n@njit(cache=True)\ndef double(x):\n    return 2 * x\n"
+        "from otfuse._backends.cpu.numba_cache import njit\n@njit(cache=True)\ndef double(x):\n    return 2 * x\n"
     )
 
     def run(before_the_call=lambda: None):
-        from otfuse.backends import _numba_cache
+        from otfuse._backends.cpu import numba_cache as _numba_cache
 
         _numba_cache._logged.clear()
         caplog.clear()
@@ -206,8 +206,8 @@ def test_a_cache_that_cannot_be_written_any_more(doubled):
 def test_every_compiled_function_has_this_cache():
     from numba.core.dispatcher import Dispatcher
 
-    from otfuse.backends import _cpu_kernels
-    from otfuse.backends._numba_cache import _Cache
+    from otfuse._backends.cpu import kernels as _cpu_kernels
+    from otfuse._backends.cpu.numba_cache import _Cache
 
     compiled = [value for value in vars(_cpu_kernels).values() if isinstance(value, Dispatcher)]
     assert len(compiled) > 40 and {type(function._cache) for function in compiled} == {_Cache}

@@ -21,7 +21,7 @@ pytest.importorskip("ot", reason="the demo's tests need POT: pip install 'otfuse
 
 import otfuse
 from otfuse import viz
-from otfuse.backends.cpu import CpuBackend
+from otfuse._backends.cpu.backend import CpuBackend
 from otfuse.demo import check, features, main, recovery, shared_space, synthesize, timing
 from otfuse.demo.decode import SAMPLE_RATE, ClipError, read_clip
 from otfuse.demo.pipeline import choose_backend

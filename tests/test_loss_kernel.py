@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import loss
-from otfuse.backends import triton_loss
-from otfuse.backends.base import is_installed
-from otfuse.backends.triton import INTERPRETED
+from otfuse._backends.base import is_installed
+from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton.attend import INTERPRETED
 from otfuse.testing import references, reordered
 
 KINDS = list(itertools.product(loss.ASSIGNMENTS, loss.CONTRASTS))

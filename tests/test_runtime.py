@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import otfuse
-from otfuse.backends import cpu
+from otfuse._backends.cpu import launch as cpu
 from otfuse.testing import clustered_tokens
 
 
@@ -134,7 +134,7 @@ def test_where_no_thread_can_be_started(accepted, two_threads, monkeypatch):
 AT_THE_END = """
 import atexit, threading
 import torch, otfuse
-from otfuse.backends import cpu
+from otfuse._backends.cpu import launch as cpu
 torch.set_num_threads(2)
 cpu.WORK_PER_THREAD = 1
 cost = torch.rand(6, 66, 256)
@@ -233,7 +233,7 @@ for dtype in (torch.float32, torch.float64):
             otfuse.sinkhorn(cost, epsilon, grad=grad, backend="cpu").plan.square().sum().backward()
             otfuse.sinkhorn_attend(cost, cost, epsilon, grad=grad, backend="cpu").x.square().sum().backward()
 from numba.core.dispatcher import Dispatcher
-from otfuse.backends import _cpu_kernels as kernels
+from otfuse._backends.cpu import kernels
 compiled = {name: value for name, value in vars(kernels).items() if isinstance(value, Dispatcher)}
 hits = sum(sum(function.stats.cache_hits.values()) for function in compiled.values())
 misses = sum(sum(function.stats.cache_misses.values()) for function in compiled.values())

@@ -10,19 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
-from otfuse.backends import (
-    BACKENDS,
-    _logged,
-    _numba,
-    _tpc_emulator,
-    _tpc_library,
-    _triton_import,
-    _triton_version,
-    select,
-    triton_loss,
-)
-from otfuse.backends import triton as triton_module
-from otfuse.problem import cost_problem, token_problem
+from otfuse._backends.cpu import numba_import as _numba
+from otfuse._backends.select import BACKENDS, select
+from otfuse._backends.tpc import emulator as _tpc_emulator
+from otfuse._backends.tpc import library as _tpc_library
+from otfuse._backends.triton import attend as triton_module
+from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton import triton_import as _triton_import
+from otfuse._backends.triton import version as _triton_version
+from otfuse._problem import cost_problem, token_problem
+from otfuse.backends import _logged
 
 NAMES = ("tpc", "triton", "cpu", "torch")
 NO_NUMBA = "numba is not installed (pip install 'otfuse[cpu]')"

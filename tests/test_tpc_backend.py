@@ -11,9 +11,9 @@ from test_accuracy import check_cost, gradients
 from test_ops import Calls, tokens
 
 import otfuse
-from otfuse import tpc_ops
-from otfuse.backends import _tpc_emulator as emulator
-from otfuse.backends import tpc
+from otfuse._backends.tpc import backend as tpc
+from otfuse._backends.tpc import emulator
+from otfuse._backends.tpc import ops as tpc_ops
 from otfuse.testing import specified_sinkhorn
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=f"no C++ compiler: {emulator.HOW_TO_GET_ONE}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import gaudi_libraries
 import pytest
 from gaudi_libraries import ROOT, SDK
+
 from otfuse.kernels.tpc import build
 
 LINUX = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from otfuse.backends import _tpc_emulator as emulator
+from otfuse._backends.tpc import emulator
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=f"no C++ compiler: {emulator.HOW_TO_GET_ONE}")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from otfuse.backends import _tpc_emulator as emulator
-from otfuse.backends._tpc_emulator import EmulatorError
+from otfuse._backends.tpc import emulator
+from otfuse._backends.tpc.emulator import EmulatorError
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=f"no C++ compiler: {emulator.HOW_TO_GET_ONE}")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gaudi_glue import GAUDI2, KERNELS, Call, Glue, Spec, call, signature, words
 
-from otfuse.backends import _tpc_emulator as emulator
+from otfuse._backends.tpc import emulator
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("c++") is None, reason="the glue is compiled by c++, for Linux"

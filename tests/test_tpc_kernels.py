@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from otfuse.attention import Marginals
-from otfuse.backends import _tpc_emulator as emulator
-from otfuse.backends import torch as plain
-from otfuse.backends.base import Solution
+from otfuse._attention import Marginals
+from otfuse._backends.base import Solution
+from otfuse._backends.torch import solver as plain
+from otfuse._backends.tpc import emulator
 from otfuse.testing import assert_as_accurate_as_reference, clustered_tokens, references, reordered
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")

@@ -11,7 +11,9 @@ import torch
 
 import otfuse
 from otfuse import info
-from otfuse.backends import _tpc_emulator, _tpc_library, base
+from otfuse._backends import base
+from otfuse._backends.tpc import emulator as _tpc_emulator
+from otfuse._backends.tpc import library as _tpc_library
 
 
 @pytest.fixture

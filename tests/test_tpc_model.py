@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from otfuse._backends.tpc import emulator
 from otfuse.kernels.tpc import model
 from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, Work
-
-from otfuse.backends import _tpc_emulator as emulator
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")

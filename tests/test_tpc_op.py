@@ -18,7 +18,7 @@ from gaudi_glue import KERNELS, PRODUCTS, products_around_kernels, signature
 from torch._dynamo.backends.common import aot_autograd
 
 import otfuse
-from otfuse import tpc_ops
+from otfuse._backends.tpc import ops as tpc_ops
 from otfuse.testing import clustered_tokens
 
 pytestmark = pytest.mark.skipif(

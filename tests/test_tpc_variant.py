@@ -37,7 +37,7 @@ from test_properties import (  # noqa: F401
     test_tol_stops_each_item_at_its_own_round,
 )
 
-from otfuse.backends import _tpc_emulator as emulator
+from otfuse._backends.tpc import emulator
 
 
 @pytest.fixture(scope="module", params=["tpc"])

@@ -15,9 +15,9 @@ from problems import padded_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse.backends import triton as backend
-from otfuse.backends.triton import LaunchShape, launch_shape
-from otfuse.fused_ops import MODES
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton.attend import LaunchShape, launch_shape
+from otfuse._backends.triton.ops import MODES
 from otfuse.testing import clustered_tokens, specified_attend
 
 CPU = torch.device("cpu")

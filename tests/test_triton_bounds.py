@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 import otfuse
-from otfuse.backends import _triton_paths as paths
-from otfuse.backends import _triton_varlen_long as long_launches
-from otfuse.backends import triton as backend
-from otfuse.backends import triton_large as large
-from otfuse.backends import triton_loss
-from otfuse.backends import triton_varlen as packed
-from otfuse.backends._triton_paths import Path
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton import paths
+from otfuse._backends.triton import streaming as large
+from otfuse._backends.triton import varlen as packed
+from otfuse._backends.triton import varlen_streaming as long_launches
+from otfuse._backends.triton.paths import Path
 
 GAP = 1 << 16  # bytes of nobody's, before and after a tensor
 

@@ -8,8 +8,8 @@ from problems import rand, randn, seeds  # noqa: F401
 from test_triton_large import on_path  # noqa: F401  (a fixture)
 
 import otfuse
-from otfuse.backends import triton as backend
-from otfuse.backends._triton_paths import Path
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton.paths import Path
 from otfuse.testing import (
     assert_as_accurate_as_reference,
     references,

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse import fused_ops
-from otfuse.backends import _triton_paths as paths
-from otfuse.backends import triton as backend
-from otfuse.backends import triton_large as large
-from otfuse.backends._triton_paths import Path
-from otfuse.backends.torch import TorchBackend
-from otfuse.fused_ops import MODES
-from otfuse.problem import SinkhornAttendOutput, SinkhornOutput, token_problem
+from otfuse._backends.torch.backend import TorchBackend
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import ops as fused_ops
+from otfuse._backends.triton import paths
+from otfuse._backends.triton import streaming as large
+from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton.paths import Path
+from otfuse._problem import SinkhornAttendOutput, SinkhornOutput, token_problem
 from otfuse.testing import (
     SpecificationBackend,
     clustered_tokens,

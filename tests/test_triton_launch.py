@@ -17,13 +17,16 @@ from problems import rand
 from test_ops import Calls, reads_values
 
 import otfuse
-from otfuse.backends import _triton_launch as launching
-from otfuse.backends import triton as backend
-from otfuse.backends import triton_large, triton_loss, triton_small, triton_varlen
-from otfuse.backends._triton_paths import Path
-from otfuse.backends.triton import LaunchShape
-from otfuse.backends.triton_cluster import HELD
-from otfuse.fused_ops import MODES
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import launch as launching
+from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton import small as triton_small
+from otfuse._backends.triton import streaming as triton_large
+from otfuse._backends.triton import varlen as triton_varlen
+from otfuse._backends.triton.attend import LaunchShape
+from otfuse._backends.triton.cluster import HELD
+from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton.paths import Path
 from otfuse.testing import clustered_tokens
 
 needs_triton = pytest.mark.skipif(

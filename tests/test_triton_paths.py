@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from otfuse.backends import _triton_version, triton_cluster
-from otfuse.backends._triton_paths import CLUSTER_PART, Path, cluster_size, fits_on_chip
-from otfuse.backends._triton_paths import choose as choose_of
+from otfuse._backends.triton import cluster as triton_cluster
+from otfuse._backends.triton import version as _triton_version
+from otfuse._backends.triton.paths import CLUSTER_PART, Path, cluster_size, fits_on_chip
+from otfuse._backends.triton.paths import choose as choose_of
 
 H200, SMALL_CARD = 141 << 30, 8 << 30
 NONE, CLUSTERS = 0, 32 * CLUSTER_PART

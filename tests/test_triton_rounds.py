@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from otfuse.backends.triton import INTERPRETED
+from otfuse._backends.triton.attend import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+
 from otfuse.kernels.triton.rounds import column_sums, crossed, tile_product  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")

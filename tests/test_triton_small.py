@@ -10,12 +10,14 @@ import torch
 from problems import padded_weights, rand, weights
 
 import otfuse
-from otfuse import fused_ops, ops
-from otfuse.backends import select, triton_small
-from otfuse.backends import triton as backend
-from otfuse.backends.triton import TritonBackend
-from otfuse.backends.triton_small import HELD, small_blocks
-from otfuse.problem import SinkhornOutput, cost_problem
+from otfuse import _ops as ops
+from otfuse._backends.select import select
+from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import ops as fused_ops
+from otfuse._backends.triton import small as triton_small
+from otfuse._backends.triton.attend import TritonBackend
+from otfuse._backends.triton.small import HELD, small_blocks
+from otfuse._problem import SinkhornOutput, cost_problem
 from otfuse.testing import assert_as_accurate_as_reference, references, reordered, specified_sinkhorn
 
 pytestmark = pytest.mark.skipif(

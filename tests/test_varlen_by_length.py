@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse import _varlen_by_length as by_length
-from otfuse.fused_ops import MODES
+from otfuse._backends.triton.ops import MODES
 
 pytest.importorskip("numba")
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse.backends import _triton_varlen_long as long_launches
-from otfuse.backends import triton as dense
-from otfuse.backends import triton_large as large
-from otfuse.backends import triton_varlen as packed
-from otfuse.backends._triton_paths import Path
-from otfuse.backends.triton_varlen import size_classes
-from otfuse.fused_ops import MODES
+from otfuse._backends.triton import attend as dense
+from otfuse._backends.triton import streaming as large
+from otfuse._backends.triton import varlen as packed
+from otfuse._backends.triton import varlen_streaming as long_launches
+from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton.paths import Path
+from otfuse._backends.triton.varlen import size_classes
 
 D = 6
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import otfuse
-from otfuse.backends import _tpc_emulator
+from otfuse._backends.tpc import emulator as _tpc_emulator
 
 ROOT = Path(__file__).parents[1]
 TOOLS = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "demo-out")
@@ -142,7 +142,7 @@ print(json.dumps([otfuse.__file__, otfuse.__version__, plan.sum(2).tolist(), ker
 # The kernels for Gaudi, from the sources that the wheel brings and nothing of the repository.
 EMULATE = """
 import torch, otfuse
-from otfuse.backends._tpc_emulator import sources
+from otfuse._backends.tpc.emulator import sources
 cost = torch.rand(2, 9, 5)
 plans = [otfuse.sinkhorn(cost, 0.3, backend=backend).plan for backend in ("tpc", "torch")]
 torch.testing.assert_close(*plans, rtol=0, atol=1e-6)

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(f"{' and '.join(missing)} is not installed: pip install 'otfuse[demo]'")
 
     # Only now: these import what may be missing.
-    from otfuse.backends import BackendError
+    from otfuse._backends.base import BackendError
     from otfuse.demo.decode import ClipError
     from otfuse.demo.pipeline import run
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import otfuse
-from otfuse.backends import BackendError, select
+from otfuse._backends.base import BackendError
+from otfuse._backends.select import select
+from otfuse._problem import SolveOptions, cost_problem
 from otfuse.demo import features, report
 from otfuse.demo.check import compare_with_pot
 from otfuse.demo.decode import Clip, read_clip
@@ -19,7 +21,6 @@ from otfuse.demo.recovery import NOTHING, recovery, token_labels
 from otfuse.demo.shared_space import SharedSpace, share
 from otfuse.demo.synthesize import KINDS, Event, write_synthetic_clip
 from otfuse.demo.timing import conditions, time_beside_loop
-from otfuse.problem import cost_problem
 from otfuse.viz import Span, alignment_figure
 
 EPSILON = 0.1
@@ -92,7 +93,7 @@ def choose_backend(name: str, device: str) -> str:
     if name != "auto" and name not in names:
         raise BackendError(f"backend must be auto or one of {', '.join(names)}; got '{name}'")
     probe = torch.ones(1, 64, 20, device=device)
-    return select(cost_problem(probe, EPSILON, None, None, NUM_ITERS, None, "detach"), name).name
+    return select(cost_problem(probe, None, None, SolveOptions(EPSILON, NUM_ITERS, grad="detach")), name).name
 
 
 def solve(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, float]:

@@ -1,0 +1,1 @@
+"""numba on a CPU, in reading order: ``backend.py``, ``ops.py``, ``launch.py``, ``kernels.py``; ``varlen.py``."""

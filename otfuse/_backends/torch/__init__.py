@@ -1,0 +1,1 @@
+"""Plain PyTorch: ``backend.py``, ``solver.py``, ``implicit.py``."""

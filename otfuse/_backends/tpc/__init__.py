@@ -1,0 +1,1 @@
+"""TPC-C for Intel Gaudi, in reading order: ``backend.py``, ``ops.py``, ``library.py``, ``emulator.py``."""

@@ -1,0 +1,1 @@
+"""Triton for CUDA, in reading order: ``backend.py``, ``ops.py``, ``paths.py``, ``attend.py``, ``launch.py``."""
