@@ -11,8 +11,8 @@ import torch
 
 from otfuse._backends.base import is_installed
 from otfuse._backends.select import BACKENDS
-from otfuse._backends.triton.attend import INTERPRETED
-from otfuse._problem import cost_problem
+from otfuse._backends.triton.launch import INTERPRETED
+from otfuse._problem import SolveOptions, cost_problem
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "tpc")
 
@@ -52,7 +52,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     """The name of every backend that runs here; the others skip with their own reasons."""
     (chosen,) = (candidate for candidate in BACKENDS if candidate.name == request.param)
-    problem = cost_problem(torch.zeros(1, 2, 2, device=device), 0.1, None, None, 1, None, "unroll")
+    problem = cost_problem(torch.zeros(1, 2, 2, device=device), None, None, SolveOptions(0.1, 1))
     if reasons := chosen.why_not(problem):
         pytest.skip(f"{chosen.name}: {'; '.join(reasons)}")
     return chosen.name

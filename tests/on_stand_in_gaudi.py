@@ -17,7 +17,7 @@ from gaudi_libraries import libraries, plugin
 import otfuse
 from otfuse._backends.select import select
 from otfuse._backends.tpc import library as _tpc_library
-from otfuse._problem import cost_problem
+from otfuse._problem import SolveOptions, cost_problem
 from otfuse.testing import clustered_tokens
 
 ctypes.CDLL(str(plugin()))  # before torch asks what devices there are
@@ -92,7 +92,7 @@ class TestTensorsOnHpu:
         return x.to(dtype).requires_grad_(grad), y.to(dtype).requires_grad_(grad)
 
     def test_auto_takes_the_kernels(self, gaudi):
-        problem = cost_problem(to_hpu(torch.zeros(1, 2, 2)), 0.1, None, None, 1, None, "unroll")
+        problem = cost_problem(to_hpu(torch.zeros(1, 2, 2)), None, None, SolveOptions(0.1, 1))
         assert select(problem, "auto").name == "tpc"
 
     @pytest.mark.parametrize("grad", ["unroll", "implicit", "detach"])

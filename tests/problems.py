@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from otfuse._backends.select import BACKENDS
-from otfuse._problem import SinkhornOutput, cost_problem
+from otfuse._problem import SinkhornOutput, SolveOptions, cost_problem
 from otfuse.testing import assert_as_accurate_as_reference, specified_sinkhorn
 
 _inner = [torch.float64]
@@ -71,7 +71,7 @@ def why_not(backend: str, device: torch.device, N: int, M: int, dtype: torch.dty
     """Why a backend is not tested on items of this size; empty if it is."""
     (chosen,) = (candidate for candidate in BACKENDS if candidate.name == backend)
     reasons = chosen.why_not(
-        cost_problem(torch.zeros(0, N, M, dtype=dtype, device=device), 1.0, None, None, 1, None, "unroll")
+        cost_problem(torch.zeros(0, N, M, dtype=dtype, device=device), None, None, SolveOptions(1.0, 1))
     )
     if is_interpreted(backend, device) and N * M > 1300:
         reasons.append("too slow in Triton's interpreter")

@@ -21,9 +21,12 @@ import otfuse
 from otfuse import _ops as ops
 from otfuse._backends.triton import attend as backend
 from otfuse._backends.triton import cluster as triton_cluster
+from otfuse._backends.triton import device as devices
 from otfuse._backends.triton import varlen as triton_varlen
-from otfuse._backends.triton.attend import TritonBackend
+from otfuse._backends.triton.backend import TritonBackend
 from otfuse._backends.triton.cluster import HELD
+from otfuse._ops import LaunchOptions
+from otfuse.kernels.constants import UNROLL
 
 launches: list[tuple[Any, ...]] = []
 
@@ -67,8 +70,8 @@ def use() -> None:
     ops.implement("sinkhorn_attend_varlen_triton", triton_varlen.launch_attend_varlen, "CPU")
     TritonBackend.device = "cpu"
     TritonBackend.unavailable = lambda self: []
-    backend.multiprocessors = triton_varlen.multiprocessors = lambda device: 132
-    backend.target_of = triton_varlen.target_of = lambda device: "sm_90"
+    devices.multiprocessors = lambda device: 132
+    devices.target_of = lambda device: "sm_90"
     backend.held_by = lambda device: HELD["sm_90"]
 
 
@@ -162,7 +165,7 @@ def main() -> None:
     report["blocks"] = [kernel.metadata.num_ctas for name in kernels for kernel in variants(name)]
     StandIn.records = False
     x, y = torch.empty(64, 64, 768, dtype=torch.bfloat16), torch.empty(64, 20, 768, dtype=torch.bfloat16)
-    options = (None, None, True, False, 10.0, 50, -1.0, 1, False, False, False)
+    options = (None, None, True, False, LaunchOptions(10.0, 50, -1.0, UNROLL), False, False, False)
     report["launcher, microseconds"] = microseconds(lambda: backend.launch_attend(x, y, *options))
     report["public function, microseconds"] = microseconds(lambda: otfuse.sinkhorn_attend(x, y, backend="triton"))
     print(json.dumps(report))

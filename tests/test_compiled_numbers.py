@@ -15,8 +15,10 @@ from problems import randn
 from test_ops import ends, scalar, tokens
 
 import otfuse
-from otfuse import loss as losses
+from otfuse._alignment import reduced
 from otfuse._backends.tpc import emulator
+from otfuse._backends.triton.backend import TritonBackend
+from otfuse._problem import LossProblem
 
 EPSILONS = (1.0, 0.7, 0.4, 0.25, 0.15)
 TOLS = (0.05, 0.02, 0.2, 0.5, 0.35)
@@ -34,8 +36,8 @@ def fusion(x, y, epsilon, tol, temperature, backend):
 def loss_kernel(x, y, epsilon, tol, temperature, backend):
     """The loss where the kernels run; in Triton's interpreter nobody would choose them."""
     values = x @ y.mT
-    options = None, None, temperature, "log_plan", "similarity", "mean", True
-    return (losses._loss(values.sigmoid(), values, *options),)
+    problem = LossProblem(values.sigmoid(), values, None, None, temperature, "log_plan", "similarity", True)
+    return (reduced(*TritonBackend().token_terms(problem), problem),)
 
 
 def sinkhorn_and_loss(x, y, epsilon, tol, temperature, backend):

@@ -16,13 +16,17 @@ from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse import loss
-from otfuse._backends.base import is_installed
+from otfuse import _alignment as alignment
+from otfuse._alignment import reduced
+from otfuse._backends.base import Backend, is_installed
+from otfuse._backends.torch.backend import TorchBackend
 from otfuse._backends.triton import loss as triton_loss
-from otfuse._backends.triton.attend import INTERPRETED
+from otfuse._backends.triton.backend import TritonBackend
+from otfuse._backends.triton.launch import INTERPRETED
+from otfuse._problem import ASSIGNMENTS, CONTRASTS, REDUCTIONS, LossProblem
 from otfuse.testing import references, reordered
 
-KINDS = list(itertools.product(loss.ASSIGNMENTS, loss.CONTRASTS))
+KINDS = list(itertools.product(ASSIGNMENTS, CONTRASTS))
 SOME_KINDS = [KINDS[0], KINDS[3], KINDS[4]]  # every assignment and either contrast
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MATRICES = ("plan", "similarity")
@@ -61,19 +65,23 @@ class Computed(NamedTuple):
     similarity: Tensor
 
 
+def backend_of(kernel: bool) -> Backend:
+    return TritonBackend() if kernel else TorchBackend()
+
+
 def compute(values: dict, kernel: bool, kind: tuple[str, str], reduction: str = "mean", temperature: float = 1.0):
     """The loss and its gradients."""
     leaves = [values[name].detach().requires_grad_() for name in MATRICES]
-    out = loss._loss(*leaves, values["a"], values["b"], temperature, *kind, reduction, kernel)
+    problem = LossProblem(*leaves, values["a"], values["b"], temperature, *kind, reduction == "mean")
+    out = reduced(*backend_of(kernel).token_terms(problem), problem)
     return out, *torch.autograd.grad(out, leaves)
 
 
 def item_terms(values: dict, kind: tuple[str, str] = KINDS[0], kernel: bool = True) -> tuple[Tensor, ...]:
     """The terms [B, N + M], their gradients for a different weight of each, and which items have mass."""
     leaves = [values[name].detach().requires_grad_() for name in MATRICES]
-    options = loss.ASSIGNMENTS.index(kind[0]), loss.CONTRASTS.index(kind[1]), True
-    run = triton_loss.token_terms if kernel else loss.token_terms
-    terms, has_mass = run(*leaves, values["a"], values["b"], 0.3, *options)
+    problem = LossProblem(*leaves, values["a"], values["b"], 0.3, *kind, True)
+    terms, has_mass = backend_of(kernel).token_terms(problem)
     weights = 0.5 + rand(7, 1, terms.shape[1]).to(terms)
     return terms, *torch.autograd.grad((terms * weights).sum(), leaves), has_mass
 
@@ -107,7 +115,7 @@ def largest_logit(values: dict, assignment: str, temperature: float) -> float:
         live = (values["a"] != 0)[:, :, None] & values["b"][:, None, :]
     plan, similarity = (torch.where(live, values[name], 0) for name in MATRICES)
     sides = (plan, similarity, live), (plan.mT, similarity.mT, live.mT)
-    largest = ((torch.where(keep, loss._assigned(p, assignment), 0) @ s.mT).abs().max() for p, s, keep in sides)
+    largest = ((torch.where(keep, alignment._assigned(p, assignment), 0) @ s.mT).abs().max() for p, s, keep in sides)
     return max(largest).item() / temperature
 
 
@@ -145,7 +153,7 @@ def test_more_than_one_block_on_both_sides(device):
     assert_kernel_accurate(problem(device, 1, 65, 34), torch.float32, ("log_plan", "similarity"))
 
 
-@pytest.mark.parametrize("contrast", loss.CONTRASTS)
+@pytest.mark.parametrize("contrast", CONTRASTS)
 def test_a_block_of_nothing_but_padding(device, contrast):
     values = problem(device, 1, 40, 5)
     values["a"][:, :33] = 0
@@ -153,7 +161,7 @@ def test_a_block_of_nothing_but_padding(device, contrast):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reduction", loss.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("temperature", [0.07, 10])
 def test_reductions_and_temperatures(device, kind, reduction, temperature):
     values = problem(device, 3, 7, 5)
@@ -172,7 +180,7 @@ def test_item_without_mass_costs_nothing(device, kind):
     assert out == pytest.approx(alone, rel=1e-14)
 
 
-@pytest.mark.parametrize("reduction", loss.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_item_with_mass(device, reduction):
     values = problem(device, 2, 6, 5)
     values["b"][:] = False
@@ -250,7 +258,8 @@ def test_first_and_second_derivatives(device, kind):
     values["a"][0, 1] = 0
 
     def run(plan, similarity):
-        return loss._loss(plan, similarity, values["a"], values["b"], 0.8, *kind, "mean", True)
+        problem = LossProblem(plan, similarity, values["a"], values["b"], 0.8, *kind, True)
+        return reduced(*TritonBackend().token_terms(problem), problem)
 
     # Away from the cut of the logarithm, by far more than the step of the difference.
     leaves = [(values[name] + 0.05).requires_grad_() for name in MATRICES]
@@ -259,7 +268,8 @@ def test_first_and_second_derivatives(device, kind):
 
 
 def run(plan: Tensor, similarity: Tensor, a: Tensor | None = None, kernel: bool = True) -> Tensor:
-    return loss._loss(plan, similarity, a, None, 0.3, *KINDS[2], "mean", kernel)
+    problem = LossProblem(plan, similarity, a, None, 0.3, *KINDS[2], True)
+    return reduced(*backend_of(kernel).token_terms(problem), problem)
 
 
 def stacks(device: torch.device) -> tuple[Tensor, ...]:
@@ -355,6 +365,10 @@ def test_operations(device):
     ]  # fmt: skip
 
 
+def takes(plan: Tensor) -> bool:
+    return not TritonBackend().unsupported_loss(LossProblem(plan, plan, None, None, 1.0, *KINDS[0], True))
+
+
 @pytest.mark.parametrize(
     "shape, dtype, taken",
     [
@@ -371,15 +385,15 @@ def test_operations(device):
 )
 def test_which_plans_the_kernel_takes(shape, dtype, taken):
     with FakeTensorMode():  # on a device that need not be there
-        assert triton_loss.can_run(torch.empty(shape, dtype=dtype, device="cuda")) == taken
-        assert not triton_loss.can_run(torch.empty(shape, dtype=dtype, device="cpu"))
+        assert takes(torch.empty(shape, dtype=dtype, device="cuda")) == taken
+        assert not takes(torch.empty(shape, dtype=dtype, device="cpu"))
         with forward_ad.dual_level():
-            assert not triton_loss.can_run(torch.empty(shape, dtype=dtype, device="cuda"))
+            assert not takes(torch.empty(shape, dtype=dtype, device="cuda"))
 
 
 def test_the_loss_asks_for_the_kernel_where_it_can_run(device, monkeypatch):
     values = problem(device, 2, 5, 4)
-    monkeypatch.setattr(triton_loss, "can_run", triton_loss.fits)
+    monkeypatch.setattr(TritonBackend, "device", "cpu")
     with Calls() as calls:
         out = otfuse.ot_alignment_loss(**values)
     assert names(calls)[0] == "alignment_loss_triton"

@@ -2,24 +2,21 @@
 
 import importlib
 import logging
-import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse import backends as _function_of_that_name  # the package's public name hides its subpackage
 from otfuse._backends.cpu import numba_import as _numba
-from otfuse._backends.select import BACKENDS, select
+from otfuse._backends.select import BACKENDS, _logged, select
 from otfuse._backends.tpc import emulator as _tpc_emulator
 from otfuse._backends.tpc import library as _tpc_library
-from otfuse._backends.triton import attend as triton_module
-from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton import backend as triton_backend
 from otfuse._backends.triton import triton_import as _triton_import
 from otfuse._backends.triton import version as _triton_version
-from otfuse._problem import cost_problem, token_problem
-from otfuse.backends import _logged
+from otfuse._problem import LossProblem, SolveOptions, cost_problem, token_problem
 
 NAMES = ("tpc", "triton", "cpu", "torch")
 NO_NUMBA = "numba is not installed (pip install 'otfuse[cpu]')"
@@ -28,12 +25,12 @@ NO_HABANA = "habana_frameworks is not installed (it comes with Intel's Gaudi con
 
 
 def problem(device="cpu", dtype=torch.float32, shape=(2, 3, 4)):
-    return cost_problem(torch.zeros(shape, device=device, dtype=dtype), 0.1, None, None, 5, None, "unroll")
+    return cost_problem(torch.zeros(shape, device=device, dtype=dtype), None, None, SolveOptions(0.1, 5))
 
 
 def tokens(device="cpu"):
     x, y = torch.zeros(2, 3, 8, device=device), torch.zeros(2, 4, 8, device=device)
-    return token_problem(x, y, 0.1, None, None, "cosine", 5, None, "plan", "unroll", False)
+    return token_problem(x, y, None, None, SolveOptions(0.1, 5), "cosine", "plan", False)
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def installed(monkeypatch):
 
     def declare(*packages):
         monkeypatch.setattr(_numba, "UNAVAILABLE", [] if "numba" in packages else [NO_NUMBA])
-        for module in (triton_module, _tpc_library):
+        for module in (triton_backend, _tpc_library):
             monkeypatch.setattr(module, "is_installed", lambda package: package in packages)
         monkeypatch.setattr(_tpc_emulator, "COMPILER", "g++" if "g++" in packages else None)
 
@@ -76,7 +73,7 @@ def test_backends_lists_reasons_and_nothing_else(installed):
     assert found["cpu"] == [NO_NUMBA]
     assert NO_TRITON in found["triton"]
     assert NO_HABANA in found["tpc"]
-    assert _function_of_that_name() == found
+    assert otfuse.backends() == found
 
 
 def test_an_installed_package_is_no_reason(installed):
@@ -89,7 +86,7 @@ def test_an_installed_package_is_no_reason(installed):
 
 def test_triton_names_the_missing_device(monkeypatch, installed):
     installed("triton")
-    monkeypatch.setattr(triton_module, "INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no CUDA device" in backend_named("triton").unavailable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -98,7 +95,7 @@ def test_triton_names_the_missing_device(monkeypatch, installed):
 
 @pytest.mark.parametrize(("version", "usable"), [((3, 2), False), ((3, 5), False), ((3, 6), True), ((4, 0), True)])
 def test_a_triton_that_does_not_compile_the_kernels_is_not_taken(monkeypatch, installed, version, usable):
-    """With the way out; nor by the loss, which asks for itself."""
+    """With the way out; nor by the loss."""
     installed("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_triton_version, "VERSION", version)
@@ -106,8 +103,10 @@ def test_a_triton_that_does_not_compile_the_kernels_is_not_taken(monkeypatch, in
     assert (reasons == []) == usable
     if not usable:
         assert f"Triton {version[0]}.{version[1]}" in reasons[0] and "torch to 2.10" in reasons[0]
-    plan = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 2), dtype=torch.float32)
-    assert triton_loss.can_run(plan) == usable
+    with FakeTensorMode():  # on a device that need not be there
+        plan = torch.empty(1, 2, 2, device="cuda")
+        chosen = select(LossProblem(plan, plan, None, None, 1.0, "plan", "similarity", True), "auto")
+    assert chosen.name == ("triton" if usable else "torch")
 
 
 def test_a_triton_that_does_not_import_is_not_taken(monkeypatch, installed):
@@ -149,13 +148,13 @@ def test_device_is_a_reason(name, reason, make):
 def test_triton_takes_every_dtype_and_every_size(monkeypatch):
     """On CUDA; in the interpreter CPU tensors, and never by itself."""
     triton = backend_named("triton")
-    monkeypatch.setattr(triton_module, "INTERPRETED", True)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for shape in ((1, 1, 1), (1, 128, 129), (1, 2048, 2), (3, 16384, 1), (1, 16384, 16384)):
             cost = torch.empty(1, dtype=dtype).expand(shape)
-            assert triton.unsupported(cost_problem(cost, 0.1, None, None, 1, None, "unroll")) == []
+            assert triton.unsupported(cost_problem(cost, None, None, SolveOptions(0.1, 1))) == []
     assert select(problem(), "auto").name != "triton"
-    monkeypatch.setattr(triton_module, "INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     assert triton.unsupported(problem()) == ["the tensors are on 'cpu' (needs CUDA)"]
 
 
@@ -309,7 +308,7 @@ def test_the_choice_reads_no_tensor(name, installed):
     installed("numba")
     x, y, a = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8), torch.zeros(2, 3)
     with NoReading():
-        asked = token_problem(x, y, 0.1, a, None, "cosine", 5, None, "plan", "unroll", False)
+        asked = token_problem(x, y, a, None, SolveOptions(0.1, 5), "cosine", "plan", False)
         if name in ("tpc", "triton"):
             with pytest.raises(otfuse.BackendError):
                 select(asked, name)

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse._backends.triton import attend as backend
-from otfuse._backends.triton.attend import LaunchShape, launch_shape
-from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton import device as devices
+from otfuse._backends.triton.device import LaunchShape, launch_shape
+from otfuse._backends.triton.launch import INTERPRETED
+from otfuse._ops import MODES, LaunchOptions
 from otfuse.testing import clustered_tokens, specified_attend
 
 CPU = torch.device("cpu")
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("B", [1, 4, 64, 65, 132, 1024])
 @pytest.mark.parametrize("D", [0, 1, 63, 64, 768, 1000])
 def test_parts_cover_the_features_and_no_more(monkeypatch, processors, B, D):
-    monkeypatch.setattr(backend, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: processors)
     shape = launch_shape(B, 84 * D * 2, D, CPU)
     assert shape.parts * shape.features >= D and (shape.parts - 1) * shape.features < max(D, 1)
     assert shape.features % 64 == 0 and shape.parts >= 1
@@ -36,7 +38,7 @@ def test_parts_cover_the_features_and_no_more(monkeypatch, processors, B, D):
 
 
 def test_large_tokens_are_read_once_by_a_launch_of_their_own(monkeypatch):
-    monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
     assert not launch_shape(4, 84 * 768 * 2, 768, CPU).similarity_first
     assert launch_shape(4, 276 * 768 * 2, 768, CPU).similarity_first
     assert not launch_shape(256, 276 * 768 * 2, 768, CPU).similarity_first
@@ -46,7 +48,7 @@ def test_large_tokens_are_read_once_by_a_launch_of_their_own(monkeypatch):
 @pytest.mark.parametrize("grad", ["unroll", "implicit"])
 def test_every_launch_shape_gives_the_answer(monkeypatch, device, dtype, grad):
     """Forward and backward, with padding, NaN in an item, early stop, and everything that can be asked for."""
-    if not (backend.INTERPRETED or torch.cuda.is_available()):
+    if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     x, y = clustered_tokens(3, 33, 20, 130, dtype=dtype, device=device)
     a, b = padded_weights(0, 3, 33, dtype).to(device), (padded_weights(1, 3, 20) != 0).to(device)
@@ -114,11 +116,11 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
     """Forward and backward; but for small batches of large items, whose similarity has a launch of its own."""
-    if not (backend.INTERPRETED or torch.cuda.is_available()):
+    if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     monkeypatch.setattr(backend, "launch_shape", lambda *_: LaunchShape(1, 64, first))
     x, y = clustered_tokens(2, 13, 11, 24, device=device)
-    options = (None, None, True, False, 10.0, 5, -1.0, MODES[mode])
+    options = (None, None, True, False, LaunchOptions(10.0, 5, -1.0, MODES[mode]))
     matrix = (2, 13, 11)
     with Shapes() as shapes:
         x_out, y_out, *_, rounds, history = backend.launch_attend(x, y, *options, True, False, False)
@@ -135,12 +137,12 @@ def test_no_matrix_is_made_unless_asked_for(monkeypatch, device, mode, first):
 @pytest.mark.parametrize("mode", MODES)
 def test_launchers_read_no_value_and_wait_for_nothing(device, mode, tol):
     """Forward and backward, early stop included: nothing but room is made, so that a graph can capture it."""
-    if not (backend.INTERPRETED or torch.cuda.is_available()):
+    if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     backend._attend_models.cache_clear()
     x, y = clustered_tokens(2, 13, 11, 24, device=device)
     a = torch.ones(2, 13, device=device)
-    options = (a, None, True, True, 10.0, 5, tol, MODES[mode])
+    options = (a, None, True, True, LaunchOptions(10.0, 5, tol, MODES[mode]))
     with Calls() as calls:
         x_out, y_out, *_, rounds, history = backend.launch_attend(x, y, *options, True, True, True)
         backend.launch_attend_backward(x, y, *options, rounds, history, x_out, y_out, None, None, None, None)

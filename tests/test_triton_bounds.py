@@ -14,11 +14,12 @@ import triton.language as tl
 
 import otfuse
 from otfuse._backends.triton import attend as backend
-from otfuse._backends.triton import loss as triton_loss
 from otfuse._backends.triton import paths
 from otfuse._backends.triton import streaming as large
 from otfuse._backends.triton import varlen as packed
 from otfuse._backends.triton import varlen_streaming as long_launches
+from otfuse._backends.triton.backend import TritonBackend
+from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._backends.triton.paths import Path
 
 GAP = 1 << 16  # bytes of nobody's, before and after a tensor
@@ -33,7 +34,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def outside(monkeypatch, device) -> dict[str, set[str]]:
     """By kernel that was launched: what it did outside its tensors."""
-    if not backend.INTERPRETED or device.type != "cpu":
+    if not INTERPRETED or device.type != "cpu":
         pytest.skip("needs Triton's interpreter")
     from triton.runtime import interpreter
 
@@ -155,7 +156,7 @@ def test_packed(outside, monkeypatch, grad, stored):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weights"])
 def test_loss(outside, monkeypatch, weighted):
-    monkeypatch.setattr(triton_loss, "can_run", triton_loss.fits)
+    monkeypatch.setattr(TritonBackend, "device", "cpu")
     a, b = (odd(3, 17).detach(), torch.arange(35).expand(3, 35) < 4) if weighted else (None, None)
     otfuse.ot_alignment_loss(odd(3, 17, 35), odd(3, 17, 35), a=a, b=b).backward()
     assert outside and not {name: found for name, found in outside.items() if found}

@@ -8,7 +8,7 @@ from problems import rand, randn, seeds  # noqa: F401
 from test_triton_large import on_path  # noqa: F401  (a fixture)
 
 import otfuse
-from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._backends.triton.paths import Path
 from otfuse.testing import (
     assert_as_accurate_as_reference,
@@ -24,7 +24,7 @@ BEYOND = ATTENDED[1:]
 N, M, D = 18, 5, 8  # two strips of streaming, two blocks of a cluster
 
 pytestmark = pytest.mark.skipif(
-    not (backend.INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
+    not (INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
 )
 
 

@@ -22,9 +22,12 @@ from otfuse._backends.triton import attend as backend
 from otfuse._backends.triton import ops as fused_ops
 from otfuse._backends.triton import paths
 from otfuse._backends.triton import streaming as large
-from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton.backend import TritonBackend
+from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._backends.triton.paths import Path
-from otfuse._problem import SinkhornAttendOutput, SinkhornOutput, token_problem
+from otfuse._ops import MODES, LaunchOptions
+from otfuse._problem import SinkhornAttendOutput, SinkhornOutput, SolveOptions, token_problem
+from otfuse.kernels.constants import HISTORY_ALL, HISTORY_LAST
 from otfuse.testing import (
     SpecificationBackend,
     clustered_tokens,
@@ -41,7 +44,7 @@ PATHS = (Path.STORED, Path.CLUSTER, Path.RECOMPUTED)
 @pytest.fixture
 def on_path(monkeypatch, device):
     """Forces a path, in blocks of 16 x 32: two strips of two steps, two blocks of lines, four blocks of a cluster."""
-    if not (backend.INTERPRETED or torch.cuda.is_available()):
+    if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 32, 4, 2)) for key in large.BLOCKS})
     monkeypatch.setattr(paths, "CLUSTER_PART", 512)
@@ -143,13 +146,11 @@ class Attended(NamedTuple):
 def gradients(x, y, a, b, epsilon, how, grad, num_iters, order=0):
     """Of everything that has one, by tokens and weights."""
     x, y, a = (t.detach().clone().requires_grad_() for t in (x, y, a))
-    if how == "triton":
-        solver = backend.TritonBackend()
-    else:  # the specification has no fixed point's gradient
-        solver = SpecificationBackend() if grad == "unroll" else TorchBackend()
+    plain = SpecificationBackend() if grad == "unroll" else TorchBackend()  # which has the fixed point's gradient
+    solver = TritonBackend() if how == "triton" else plain
 
     def attend(x, y, a, b):
-        problem = token_problem(x, y, epsilon, a, b, "cosine", num_iters, 0.02, "barycentric", grad, True)
+        problem = token_problem(x, y, a, b, SolveOptions(epsilon, num_iters, 0.02, grad), "cosine", "barycentric", True)
         out, similarity = solver.attend(problem, True)
         return Attended(out.x, out.y, out.plan, out.f, out.g, similarity)
 
@@ -351,14 +352,15 @@ def run(side, D, dtype, path, grad, num_iters=50):
     outputs = fused_ops.new_attended(x, x, False, False)
     solution = fused_ops.new_solution(x, side, side, num_iters, MODES[grad], True)
     source = path is not Path.RECOMPUTED, 1 << 19 if path is Path.CLUSTER else 0, "ieee"
-    options = (num_iters, -1.0, 2 if grad == "unroll" else 1, *source)
+    options = LaunchOptions(10.0, num_iters, -1.0, MODES[grad])
+    keep = HISTORY_ALL if grad == "unroll" else HISTORY_LAST
     with Made() as forward:
-        large.launch_attend_large(x, x, None, None, True, False, 10.0, *options, *outputs, solution)
+        large.launch_attend_large(x, x, None, None, True, False, options, keep, *source, *outputs, solution)
     gradients = fused_ops.new_gradients(x, x, None, None)
     sent = (outputs[0], outputs[1], None, None, None, None)
     with Made() as backward:
         large.launch_attend_large_backward(
-            x, x, None, None, True, False, 10.0, num_iters, MODES[grad], *source,
+            x, x, None, None, True, False, options, *source,
             (solution[3], solution[4]), sent, gradients,
         )  # fmt: skip
     return forward, backward
@@ -401,7 +403,7 @@ def test_one_launch_for_all_rounds_over_a_cluster(launches):
 @pytest.mark.parametrize("sizes", [(200, 130), (40, 300)], ids=str)
 def test_costs_beyond_one_chip_go_over_a_cluster_by_themselves(device, sizes):
     """Nothing forced: the path, the tile and the cluster are those of the backend."""
-    if not (backend.INTERPRETED or torch.cuda.is_available()):
+    if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("neither CUDA nor Triton's interpreter")
     cost = -otfuse.similarity_matrix(*clustered_tokens(2, *sizes, D, device=device))
     if backend.held_by(device):

@@ -18,19 +18,22 @@ from test_ops import Calls, reads_values
 
 import otfuse
 from otfuse._backends.triton import attend as backend
+from otfuse._backends.triton import device as devices
 from otfuse._backends.triton import launch as launching
 from otfuse._backends.triton import loss as triton_loss
+from otfuse._backends.triton import places
 from otfuse._backends.triton import small as triton_small
 from otfuse._backends.triton import streaming as triton_large
 from otfuse._backends.triton import varlen as triton_varlen
-from otfuse._backends.triton.attend import LaunchShape
 from otfuse._backends.triton.cluster import HELD
-from otfuse._backends.triton.ops import MODES
+from otfuse._backends.triton.device import LaunchShape
+from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._backends.triton.paths import Path
+from otfuse._ops import MODES, LaunchOptions
 from otfuse.testing import clustered_tokens
 
 needs_triton = pytest.mark.skipif(
-    not (backend.INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
+    not (INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -96,8 +99,8 @@ def test_tf32_as_torch_was_told_by_either_setting(monkeypatch, newer, older, tf3
             raise RuntimeError(name) if name == "allow_tf32" else AttributeError(name)
 
     monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul())
-    assert backend._precision(torch.float32) == ("tf32" if tf32 else "ieee")
-    assert backend._precision(torch.bfloat16) == backend._precision(torch.float64) == "ieee"
+    assert devices.precision(torch.float32) == ("tf32" if tf32 else "ieee")
+    assert devices.precision(torch.bfloat16) == devices.precision(torch.float64) == "ieee"
 
 
 SOLVE = (10.0, 3, 1e-3)  # scale, rounds, tol
@@ -107,7 +110,7 @@ def attend(monkeypatch, device, path, mode, first=False):
     monkeypatch.setattr(backend, "path_of", lambda *_: path)
     monkeypatch.setattr(backend, "launch_shape", lambda *_: LaunchShape(1, 64, first))
     x, y = clustered_tokens(2, 18, 11, 24, device=device)
-    options = (torch.ones(2, 18, device=device), None, True, True, *SOLVE, mode)
+    options = (torch.ones(2, 18, device=device), None, True, True, LaunchOptions(*SOLVE, mode))
 
     def run():
         x_out, y_out, plan, similarity, f, g, _, *kept = backend.launch_attend(x, y, *options, True, True, True)
@@ -119,7 +122,7 @@ def attend(monkeypatch, device, path, mode, first=False):
 def solve(monkeypatch, device, path, mode, side=18):
     monkeypatch.setattr(backend, "path_of", lambda *_: path)
     cost = rand(0, 2, side, 9, dtype=torch.float32).to(device)
-    options = (None, torch.ones(2, 9, device=device), *SOLVE, mode)
+    options = (None, torch.ones(2, 9, device=device), LaunchOptions(*SOLVE, mode))
 
     def run():
         plan, f, g, _, *kept = backend.launch_sinkhorn(cost, *options, True)
@@ -129,10 +132,19 @@ def solve(monkeypatch, device, path, mode, side=18):
 
 
 def packed(monkeypatch, device, tile, mode):
-    monkeypatch.setattr(triton_varlen, "_largest_tile", lambda *_: tile)
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: tile)
     x, y = (t.flatten(0, 1) for t in clustered_tokens(1, 25, 23, 24, device=device))
     ends = (torch.tensor(e, dtype=torch.int32, device=device) for e in ([0, 20, 20, 25], [0, 18, 19, 23]))
-    options = (torch.ones(25, device=device), None, *ends, 20, 18, True, True, *SOLVE, mode)
+    options = (
+        torch.ones(25, device=device),
+        None,
+        *ends,
+        20,
+        18,
+        True,
+        True,
+        LaunchOptions(*SOLVE, mode),
+    )
 
     def run():
         x_out, y_out, plan, f, g, _, *kept = triton_varlen.launch_attend_varlen(x, y, *options, True, True)
@@ -194,11 +206,11 @@ def grids(monkeypatch):
     for module in (backend, triton_large, triton_small, triton_loss):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *_: seen.append((kernel.__name__, grid)))
         monkeypatch.setattr(module, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(backend, "memory_of", lambda device: 80 << 30)
-    monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(backend, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(devices, "memory_of", lambda device: 80 << 30)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(devices, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(backend, "held_by", lambda device: HELD["sm_90"])
-    for cached in (backend._path, backend.device_memory, backend._blocks):
+    for cached in (backend._path, devices.device_memory, devices.blocks):
         cached.cache_clear()
     return seen
 
@@ -214,7 +226,7 @@ def test_no_grid_is_larger_than_a_device_takes(grids, shape, grad):
     """2^31 - 1 programs along the first dimension and 65535 along the others; Triton multiplies them in 32 bits, and
     launches nothing where that overflows."""
     B, N, M, D = shape
-    options = (*SOLVE[:2], -1.0, MODES[grad])
+    options = (LaunchOptions(*SOLVE[:2], -1.0, MODES[grad]),)
     if D:
         x, y = (torch.empty(B, side, D, dtype=torch.bfloat16, device="meta") for side in (N, M))
         out = backend.launch_attend(x, y, None, None, True, False, *options, True, False, False)

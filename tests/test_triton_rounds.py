@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from otfuse._backends.triton.attend import INTERPRETED
+from otfuse._backends.triton.launch import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

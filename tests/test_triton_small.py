@@ -15,13 +15,16 @@ from otfuse._backends.select import select
 from otfuse._backends.triton import attend as backend
 from otfuse._backends.triton import ops as fused_ops
 from otfuse._backends.triton import small as triton_small
-from otfuse._backends.triton.attend import TritonBackend
+from otfuse._backends.triton.backend import TritonBackend
+from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._backends.triton.small import HELD, small_blocks
-from otfuse._problem import SinkhornOutput, cost_problem
+from otfuse._ops import MODES, LaunchOptions
+from otfuse._problem import SinkhornOutput, SolveOptions, cost_problem
+from otfuse.kernels.constants import UNROLL
 from otfuse.testing import assert_as_accurate_as_reference, references, reordered, specified_sinkhorn
 
 pytestmark = pytest.mark.skipif(
-    not (backend.INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
+    not (INTERPRETED or torch.cuda.is_available()), reason="neither CUDA nor Triton's interpreter"
 )
 B = 37  # one program and a bit in the interpreter
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -179,8 +182,8 @@ def test_one_kernel_for_all_sizes_of_a_class(N):
 def test_what_is_kept(device, grad):
     """Form, shift, and the column scalings that rounds begin with: half of what u and v of every round would be."""
     cost, _, _ = mixed(4, 6, device, torch.float32)
-    mode = fused_ops.MODES[grad]
-    *_, rounds, history = backend.launch_sinkhorn(cost, None, None, -10.0, 12, -1.0, mode, True)
+    mode = MODES[grad]
+    *_, rounds, history = backend.launch_sinkhorn(cost, None, None, LaunchOptions(-10.0, 12, -1.0, mode), True)
     assert history.shape == (B, 2 + 6 * (11 if grad == "unroll" else 1)) and history.stride() == (1, B)
     assert torch.isfinite(history).all()
     sent = torch.ones_like(cost)
@@ -188,13 +191,13 @@ def test_what_is_kept(device, grad):
     one = backend.launch_sinkhorn_backward(*arguments, history, sent, None, None)
     other = backend.launch_sinkhorn_backward(*arguments, history.contiguous(), sent, None, None)
     assert torch.equal(one[0], other[0]), "a history that lies otherwise is the same history"
-    *_, nothing = backend.launch_sinkhorn(cost, None, None, -10.0, 12, -1.0, mode, False)
+    *_, nothing = backend.launch_sinkhorn(cost, None, None, LaunchOptions(-10.0, 12, -1.0, mode), False)
     assert nothing.numel() == 0
 
 
 def test_rounds_that_were_not_run_are_zero_in_the_history(device):
     cost, a, b = mixed(4, 4, device, torch.float32, padded=False)
-    *_, rounds, history = backend.launch_sinkhorn(cost / 40, a, b, -10.0, 30, 1e-1, fused_ops.UNROLL, True)
+    *_, rounds, history = backend.launch_sinkhorn(cost / 40, a, b, LaunchOptions(-10.0, 30, 1e-1, UNROLL), True)
     assert int(rounds.max()) < 29 and (history[:, 2 + 4 * int(rounds.max()) :] == 0).all()
     assert not history.isnan().any()
 
@@ -206,8 +209,8 @@ def test_the_kernel_itself_keeps_zeros_of_items_without_mass(device, monkeypatch
     monkeypatch.setattr(torch.Tensor, "zero_", lambda self: pytest.fail("a launch before the kernel's"))
     cost, a, b = mixed(3, 4, device, torch.float32, padded=False)
     a[2], b[32:] = 0, 0
-    mode = fused_ops.MODES[grad]
-    *_, rounds, history = backend.launch_sinkhorn(cost, a, b, -10.0, 6, tol, mode, True)
+    mode = MODES[grad]
+    *_, rounds, history = backend.launch_sinkhorn(cost, a, b, LaunchOptions(-10.0, 6, tol, mode), True)
     assert (history[[2, *range(32, B)], 2:] == 0).all() and not history.isnan().any()
     assert (rounds[[2, *range(32, B)]] == 0).all() and (history[3, 2:] != 0).any()
     sent = torch.ones_like(cost)
@@ -231,7 +234,7 @@ def test_auto_takes_triton_for_many_small_costs_on_cuda(monkeypatch):
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: [])
     monkeypatch.setattr(TritonBackend, "device", "meta")  # stands for CUDA: nothing is run
     for shape in ((1_048_576, 4, 4), (65_536, 8, 8), (2, 1, 1), (3, 3, 16), (2**20, 16, 16)):
-        problem = cost_problem(torch.empty(shape, device="meta"), 0.1, None, None, 20, None, "unroll")
+        problem = cost_problem(torch.empty(shape, device="meta"), None, None, SolveOptions(0.1, 20))
         assert select(problem, "auto").name == "triton"
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
-from otfuse import _varlen_by_length as by_length
-from otfuse._backends.triton.ops import MODES
+from otfuse._backends.cpu import varlen as by_length
+from otfuse._ops import MODES
 
 pytest.importorskip("numba")
 

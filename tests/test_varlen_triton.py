@@ -14,12 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
 from otfuse._backends.triton import attend as dense
+from otfuse._backends.triton import device as devices
+from otfuse._backends.triton import places
 from otfuse._backends.triton import streaming as large
 from otfuse._backends.triton import varlen as packed
 from otfuse._backends.triton import varlen_streaming as long_launches
-from otfuse._backends.triton.ops import MODES
 from otfuse._backends.triton.paths import Path
-from otfuse._backends.triton.varlen import size_classes
+from otfuse._backends.triton.places import size_classes
+from otfuse._ops import MODES, LaunchOptions
+from otfuse.kernels.constants import TABLE
 
 D = 6
 
@@ -60,7 +63,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
 @pytest.fixture
 def small_tiles(monkeypatch, device):
     """Items beyond 16 x 16 fit no tile; their strips and blocks are so small that each has several."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: (16, 16))
     monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 16, 4, 2)) for key in large.BLOCKS})
     monkeypatch.setattr(large, "LINES", 16 if device.type == "cpu" else large.LINES)
 
@@ -113,12 +116,12 @@ def test_every_item_has_one_launch(longest, itemsize, B):
         fits = n <= classes[0].most[0] and m <= classes[0].most[1]
         assert len(solving) == fits, (n, m)
         for of in solving:
-            assert n <= of.tile[0] and m <= of.tile[1] and packed._fits(*of.tile, itemsize)
+            assert n <= of.tile[0] and m <= of.tile[1] and places._fits(*of.tile, itemsize)
 
 
 def test_what_no_item_can_need_is_not_launched(device, launches, monkeypatch):
     """Nor is anything for matrices that nobody asked for."""
-    monkeypatch.setattr(packed, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     lengths = [3, 16, 0, 7]
     otfuse.sinkhorn_attend_varlen(**batch(lengths, lengths, device, dtype=torch.float32), num_iters=2, backend="triton")
     assert [(name, grid) for name, grid, _ in launches] == [("_varlen_fwd_kernel", (4, 1))]
@@ -152,7 +155,7 @@ def test_a_long_item_alone_is_what_it_is_in_a_batch(small_tiles, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_item_alone_is_what_it_is_in_a_batch(monkeypatch, device, dtype, processors):
     """Bitwise, where it is launched in the same shape: all at once, or each size by itself."""
-    monkeypatch.setattr(packed, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: processors)
     lengths_x, lengths_y = [5, 33, 1, 40, 0, 17], [4, 20, 7, 9, 3, 18]
     items = batch(lengths_x, lengths_y, device, dtype=dtype)
     items["x"].requires_grad_()
@@ -228,7 +231,7 @@ def test_items_that_fit_no_tile(monkeypatch, small_tiles, device, options, path)
 @pytest.mark.parametrize("epsilon", [0.5, 0.005])
 def test_items_that_fit_no_tile_in_every_dtype(monkeypatch, device, dtype, epsilon):
     """At an epsilon, too, that has entries of the plan far below what the dtype can hold."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: (16, 16))
     items = batch([20, 9, 16], [18, 30, 16], device, dtype=dtype)
     options = {"epsilon": epsilon, "num_iters": 8, "weights": "barycentric"}
     exact = otfuse.sinkhorn_attend_varlen(
@@ -259,7 +262,7 @@ def test_nan_stays_in_an_item_that_fits_no_tile(small_tiles, device, bad):
 
 def test_lengths_that_differ_by_a_factor_of_a_thousand(monkeypatch, device, launches):
     """A long item among short ones and empty ones: each is solved by the launch of its size."""
-    monkeypatch.setattr(packed, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     lengths_x, lengths_y = [1, 3, 1000, 0, 2, 1], [1, 2, 40, 2, 0, 1]
     items = batch(lengths_x, lengths_y, device, D=2, dtype=torch.float32)
     out = otfuse.sinkhorn_attend_varlen(**items, num_iters=3, backend="triton")
@@ -300,7 +303,7 @@ class Bytes(TorchDispatchMode):
 def largest_made(items: dict, mode: int, rounds: int) -> int:
     """In bytes, by the launchers, forward and backward: below the ops, where the tensors of a call are made."""
     order = "x", "y", "a", "b", "cu_seqlens_x", "cu_seqlens_y", "max_seqlen_x", "max_seqlen_y"
-    arguments = *(items.get(name) for name in order), True, False, 10.0, rounds, -1.0, mode
+    arguments = *(items.get(name) for name in order), True, False, LaunchOptions(10.0, rounds, -1.0, mode)
     with Bytes() as made:
         out = packed.launch_attend_varlen(*arguments, True, False)
         packed.launch_attend_varlen_backward(*arguments, *out[-2:], *out[:2], None, None, None)
@@ -323,7 +326,7 @@ def test_nothing_is_padded(device, mode):
 
 def test_matrices_of_long_items_take_no_room_for_short_ones(monkeypatch, device):
     """[T_x, longest_y], however many items there are: a padded batch of these would have ten times as many entries."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: (16, 16))
     lengths = [40, *[1] * 19]
     items = batch(lengths, lengths, device, D=1, dtype=torch.float32)
     assert largest_made(items, MODES["unroll"], 1) == 4 * sum(lengths) * 40 < 4 * 20 * 40 * 40 / 10
@@ -333,10 +336,10 @@ def test_matrices_beyond_the_memory_are_not_made(monkeypatch, small_tiles, devic
     """Where they would take more than a quarter of it, tiles are made anew from the tokens in every round."""
     items = batch([3, 270], [70, 2], device, D=17, dtype=torch.float32)
     room = 4 * 273 * 70
-    monkeypatch.setattr(packed, "memory_of", lambda device: 4 * room)
+    monkeypatch.setattr(devices, "memory_of", lambda device: 4 * room)
     assert largest_made(items, MODES["detach"], 1) == room
     stored = otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x
-    monkeypatch.setattr(packed, "memory_of", lambda device: 4 * room - 1)
+    monkeypatch.setattr(devices, "memory_of", lambda device: 4 * room - 1)
     assert largest_made(items, MODES["detach"], 1) < room / 2
     made_anew = otfuse.sinkhorn_attend_varlen(**items, num_iters=1, backend="triton").x
     torch.testing.assert_close(made_anew, stored, rtol=0, atol=64 * torch.finfo(torch.float32).eps / 0.1)
@@ -361,13 +364,13 @@ def blocks_as_written(items: dict, most: tuple[int, int], rows: int, columns: in
 @pytest.mark.parametrize("longest", [(90, 60), (50, 60)])
 def test_table_of_blocks(monkeypatch, device, rows, columns, longest):
     """Of more items than are looked at together: empty, short, long on one side, longer than announced."""
-    monkeypatch.setitem(long_launches.MADE, "ITEMS", 4)
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setitem(places.MADE, "ITEMS", 4)
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: (16, 16))
     lengths_x, lengths_y = [0, 20, 3, 90, 16, 0, 17, 50, 1], [0, 3, 20, 60, 16, 40, 0, 5, 17]
     items = batch(lengths_x, lengths_y, device, D=2, dtype=torch.float32)
     items["max_seqlen_x"], items["max_seqlen_y"] = longest
     tokens = items["x"], items["y"], None, None, items["cu_seqlens_x"], items["cu_seqlens_y"]
-    long_items = long_launches.LongItems(packed._packed(*tokens, *longest))
+    long_items = places.LongItems(packed._packed(*tokens, *longest))
     for swapped in (False, True):
         programs, table = long_items.blocks(rows, columns, 16, swapped)
         expected = blocks_as_written(items, (16, 16), rows, columns, 16)
@@ -375,27 +378,27 @@ def test_table_of_blocks(monkeypatch, device, rows, columns, longest):
             sides = {of: items[f"{of}_{side}"] for of in ("cu_seqlens", "max_seqlen") for side in "xy"}
             turned = {f"{of}_{side}": items[f"{of}_{other}"] for of in sides for side, other in ("xy", "yx")}
             expected = blocks_as_written(turned, (16, 16), rows, columns, 16)
-        assert table.shape == (programs, long_launches.TABLE) and programs >= len(expected)
+        assert table.shape == (programs, TABLE) and programs >= len(expected)
         assert table[: len(expected)].tolist() == expected and (table[len(expected) :, 0] == -1).all()
 
 
 def test_there_are_programs_enough(monkeypatch):
     """For whatever lengths have these totals and these longest; and not many more for one long item among clips."""
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(packed, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
     for _ in range(300):
         B = int(torch.randint(1, 9, (1,), generator=generator))
         longest = torch.randint(1, 700, (2, 1), generator=generator)
         lengths = (torch.rand(2, B, generator=generator) ** 3 * (longest + 1)).int().tolist()
         items = batch(*lengths, torch.device("cpu"), D=1, dtype=torch.float32)
         tokens = items["x"], items["y"], None, None, items["cu_seqlens_x"], items["cu_seqlens_y"]
-        long_items = long_launches.LongItems(packed._packed(*tokens, *map(max, lengths)))
+        long_items = places.LongItems(packed._packed(*tokens, *map(max, lengths)))
         for rows, columns in ((16, 0), (0, 64), (256, 256), (0, 0)):
             needed = blocks_as_written(items, long_items.items.on_chip(), rows, columns, 16)
             assert len(needed) <= long_items.num_blocks(rows, columns, False)
     clips = batch([1024, *[64] * 256], [512, *[20] * 256], torch.device("cpu"), D=1, dtype=torch.float32)
     tokens = clips["x"], clips["y"], None, None, clips["cu_seqlens_x"], clips["cu_seqlens_y"]
-    assert long_launches.LongItems(packed._packed(*tokens, 1024, 512)).num_blocks(16, 0, False) < 1300
+    assert places.LongItems(packed._packed(*tokens, 1024, 512)).num_blocks(16, 0, False) < 1300
 
 
 def test_offsets_that_are_out_of_order_do_not_lead_out_of_the_tokens(device):
@@ -422,7 +425,7 @@ def test_second_derivatives_by_way_of_the_padded_way(device):
 @pytest.mark.parametrize("tile", [(32, 32), (16, 16)])
 def test_compile_with_fullgraph_and_dynamic_shapes(monkeypatch, device, tile):
     """One graph for every number of items and tokens; the longest, as numbers of Python, are inputs of the op."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: tile)
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: tile)
     torch._dynamo.reset()
     graphs = []
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otfuse._backends.triton.configurations import block_sizes, target_of
-from otfuse._backends.triton.device import multiprocessors
+from otfuse._backends.triton import device
+from otfuse._backends.triton.configurations import block_sizes
 from otfuse._backends.triton.launch import launch
 from otfuse._backends.triton.paths import LARGEST_LONG_TILE, LARGEST_TILE, LONGEST_SIDE, tile_side
 from otfuse._problem import solve_dtype
@@ -114,7 +114,7 @@ class Packed(NamedTuple):
         return solve_dtype(self.x.dtype)
 
     def classes(self) -> list[SizeClass]:
-        itemsize, processors = self.solve_dtype.itemsize, multiprocessors(self.x.device)
+        itemsize, processors = self.solve_dtype.itemsize, device.multiprocessors(self.x.device)
         return size_classes(self.longest_x, self.longest_y, itemsize, self.B, processors)
 
     def has_long(self) -> bool:
@@ -140,7 +140,7 @@ class Packed(NamedTuple):
         return self.x.new_empty(len(self.x), self.longest_y, dtype=self.solve_dtype)
 
     def blocks(self, kernel: str, tile: tuple[int, int]) -> dict[str, int]:
-        return block_sizes(kernel, str(self.x.dtype).removeprefix("torch."), *tile, target_of(self.x.device))
+        return block_sizes(kernel, str(self.x.dtype).removeprefix("torch."), *tile, device.target_of(self.x.device))
 
 
 MADE = {"PLACES": 64, "ITEMS": 64, "num_warps": 4}  # rows a program makes, items it looks at together

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from otfuse import _ops as ops
 from otfuse._backends.triton import varlen_ops
-from otfuse._backends.triton.device import launch_shape, memory_of, precision
+from otfuse._backends.triton import device
+from otfuse._backends.triton.device import launch_shape, precision
 from otfuse._backends.triton.launch import INTERPRETED, contiguous, history_mode, launch, on, sent, wanted
 from otfuse._backends.triton.ops import new_gradients
 from otfuse._backends.triton.places import Packed, SizeClass
@@ -59,7 +60,7 @@ def launch_attend_varlen(
         if items.has_long():
             made = x_out, y_out, padded_plan if plan else None, *solution, kept if history else None
             launch_long(
-                items, made, cosine, barycentric, options, keep, precision(x.dtype), memory_of(x.device)
+                items, made, cosine, barycentric, options, keep, precision(x.dtype), device.memory_of(x.device)
             )  # fmt: skip
         if matrix is not None:
             _move_matrix(items, matrix, padded_plan, solution[2])
@@ -95,7 +96,7 @@ def launch_attend_varlen_backward(
         if items.has_long():
             launch_long_backward(
                 items, (rounds, history), (grad_x_out, grad_y_out, grad_plan, grad_f, grad_g), gradients_wanted,
-                cosine, barycentric, options, precision(x.dtype), memory_of(x.device),
+                cosine, barycentric, options, precision(x.dtype), device.memory_of(x.device),
             )  # fmt: skip
     return gradients
 
