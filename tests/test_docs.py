@@ -17,9 +17,9 @@ PAGES = sorted(
             "README.md",
             "CHANGELOG.md",
             "CONTRIBUTING.md",
-            "kernels/README.md",
-            "kernels/tpc/README.md",
-            "kernels/tpc/model/README.md",
+            "otfuse/kernels/README.md",
+            "otfuse/kernels/tpc/README.md",
+            "otfuse/kernels/tpc/model/README.md",
             "benchmarks/README.md",
         )
     ]

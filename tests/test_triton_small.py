@@ -187,7 +187,7 @@ def test_what_is_kept(device, grad):
     assert history.shape == (B, 2 + 6 * (11 if grad == "unroll" else 1)) and history.stride() == (1, B)
     assert torch.isfinite(history).all()
     sent = torch.ones_like(cost)
-    arguments = (cost, None, None, -10.0, 12, -1.0, mode, rounds)
+    arguments = (cost, None, None, LaunchOptions(-10.0, 12, -1.0, mode), rounds)
     one = backend.launch_sinkhorn_backward(*arguments, history, sent, None, None)
     other = backend.launch_sinkhorn_backward(*arguments, history.contiguous(), sent, None, None)
     assert torch.equal(one[0], other[0]), "a history that lies otherwise is the same history"
@@ -215,7 +215,7 @@ def test_the_kernel_itself_keeps_zeros_of_items_without_mass(device, monkeypatch
     assert (rounds[[2, *range(32, B)]] == 0).all() and (history[3, 2:] != 0).any()
     sent = torch.ones_like(cost)
     for gradient in backend.launch_sinkhorn_backward(
-        cost, a, b, -10.0, 6, tol, mode, rounds, history, sent, None, None
+        cost, a, b, LaunchOptions(-10.0, 6, tol, mode), rounds, history, sent, None, None
     ):
         assert (gradient[[2, *range(32, B)]] == 0).all() and torch.isfinite(gradient).all()
 

@@ -17,7 +17,7 @@ import otfuse
 from otfuse._backends.tpc import emulator as _tpc_emulator
 
 ROOT = Path(__file__).parents[1]
-TOOLS = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "demo-out")
+IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "demo-out")
 VERSION = otfuse.__version__
 
 
@@ -31,8 +31,12 @@ def run(*command, cwd):
 def source(tmp_path_factory):
     """A copy of the repository, with the litter of a working copy."""
     source = tmp_path_factory.mktemp("source") / "otfuse"
-    shutil.copytree(ROOT, source, ignore=TOOLS)
-    for litter in ("otfuse/backends/__pycache__/_kernels.nbi", "otfuse/backends/old.nbc", "kernels/triton/x.pyc"):
+    shutil.copytree(ROOT, source, ignore=IGNORED, symlinks=True)
+    for litter in (
+        "otfuse/_backends/cpu/__pycache__/kernels.nbi",
+        "otfuse/_backends/cpu/old.nbc",
+        "otfuse/kernels/triton/x.pyc",
+    ):
         (source / litter).parent.mkdir(exist_ok=True)
         (source / litter).write_bytes(b"compiled")
     return source
@@ -42,7 +46,9 @@ def source(tmp_path_factory):
 def dist(source, tmp_path_factory):
     """The folder with the sdist and the wheel that was built from it."""
     dist = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source, cwd=dist)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=dist)
+    assert done.returncode == 0 and "Warning" not in done.stdout, done.stdout
     return dist
 
 
@@ -80,8 +86,8 @@ def test_the_wheel_holds_every_source_and_the_kernels(source, names):
         if path.suffix in (".py", ".typed")
     }
     kernels = {
-        "otfuse/" + path.relative_to(source).as_posix()
-        for path in (source / "kernels").rglob("*")
+        path.relative_to(source).as_posix()
+        for path in (source / "otfuse/kernels").rglob("*")
         if path.suffix in (".py", ".c", ".h", ".cpp", ".hpp") or path.name == "CMakeLists.txt"
     }
     assert "otfuse/py.typed" in ours and len(ours) > 15
@@ -148,6 +154,19 @@ plans = [otfuse.sinkhorn(cost, 0.3, backend=backend).plan for backend in ("tpc",
 torch.testing.assert_close(*plans, rtol=0, atol=1e-6)
 print(sources())
 """
+
+
+def test_a_checkout_that_is_not_installed(source, tmp_path):
+    """Its own kernels, whatever is installed beside it; and ``kernels`` there hides no package of that name."""
+    code = (
+        "import otfuse, otfuse.kernels.triton as t, otfuse.kernels.tpc as c\nfor m in (otfuse, t, c): print(m.__file__)"
+    )
+    found = run(sys.executable, "-c", code, cwd=source).split()  # the working directory comes first
+    assert all(Path(path).is_relative_to(source) for path in found), found
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    path = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.theirs)"
+    assert run(sys.executable, "-c", path, cwd=source).strip() == "True"
 
 
 def check_use(python, folder):

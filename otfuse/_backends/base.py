@@ -49,12 +49,15 @@ def is_installed(package: str) -> bool:
     return _installed[package]
 
 
+OPTIONS = {field.name: field.default for field in dataclasses.fields(SolveOptions)}
+
+
 class Backend:
     """One way to solve. Subclasses answer for themselves and never import their toolkit before they run."""
 
     name: str
     device: str | None = None  # the type of device it runs on; None is any
-    options = frozenset(field.name for field in dataclasses.fields(SolveOptions))  # those it knows
+    options = frozenset(OPTIONS)  # those it knows
 
     def unavailable(self) -> list[str]:
         """Reasons why this backend cannot run here, whatever the problem; empty when it can."""
@@ -63,9 +66,9 @@ class Backend:
     def unsupported(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run this problem; looks at device, dtype and shape only."""
         unknown = [
-            f"{field.name}={getattr(problem.options, field.name)} (it has no such option)"
-            for field in dataclasses.fields(SolveOptions)
-            if field.name not in self.options and getattr(problem.options, field.name) != field.default
+            f"it has no option {name}"
+            for name, default in OPTIONS.items()
+            if name not in self.options and getattr(problem.options, name) != default
         ]
         return self._elsewhere(problem.values) + unknown
 

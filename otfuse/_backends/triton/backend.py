@@ -14,8 +14,7 @@ from torch.autograd import forward_ad
 
 from otfuse import _ops as ops
 from otfuse._backends.base import Backend, is_installed
-from otfuse._backends.triton import attend as _attend  # noqa: F401  (this and the next register what runs behind the ops)
-from otfuse._backends.triton import loss, version
+from otfuse._backends.triton import attend, loss, varlen, version  # noqa: F401, launchers register themselves
 from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._problem import (
     ASSIGNMENTS,

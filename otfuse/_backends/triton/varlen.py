@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from otfuse import _ops as ops
-from otfuse._backends.triton import varlen_ops
-from otfuse._backends.triton import device
+from otfuse._backends.triton import device, varlen_ops
 from otfuse._backends.triton.device import launch_shape, precision
 from otfuse._backends.triton.launch import INTERPRETED, contiguous, history_mode, launch, on, sent, wanted
 from otfuse._backends.triton.ops import new_gradients

@@ -1,5 +1,5 @@
 // A host emulator of the TPC-C subset that our kernels use: C++17, any C++ compiler, no SDK. A kernel's source is
-// included unmodified after this header and before runner.h; otfuse/backends/_tpc_emulator.py writes that file.
+// included unmodified after this header and before runner.h; otfuse/_backends/tpc/emulator.py writes that file.
 //
 // How far it can be trusted:
 // - Documented by Habana (programming model, intrinsics): vectors of 2048 bits, tensors of up to five dimensions, pad

@@ -44,7 +44,7 @@ namespace emu {
 enum Dtype : int32_t { F32 = 0, BF16 = 1, I32 = 2 };
 inline int itemsize(int32_t dtype) { return dtype == BF16 ? 2 : 4; }
 
-// As otfuse/backends/_tpc_emulator.py lays it out.
+// As otfuse/_backends/tpc/emulator.py lays it out.
 struct Tensor {
     char* data;
     uint32_t* writer;  // per element the call that stored it, 0 for none; null for an input

@@ -1,5 +1,5 @@
 // Runs the kernel that was included before: as random boxes of index-space members in random order, or a member at a
-// time with a record of what each touched. The C interface that otfuse/backends/_tpc_emulator.py calls.
+// time with a record of what each touched. The C interface that otfuse/_backends/tpc/emulator.py calls.
 //
 // EMU_SOURCE_LOCALS(EACH) names the kernel's variables in local memory, as EACH(name) EACH(other).
 #pragma once

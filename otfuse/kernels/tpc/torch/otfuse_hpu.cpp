@@ -3,7 +3,7 @@
 // function serves every op.
 //
 // An op takes contiguous tensors and numbers and gives new tensors. Derivatives, masks and the matrix products around
-// it are Python's part (otfuse/backends/tpc.py).
+// it are Python's part (otfuse/_backends/tpc/backend.py).
 
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -1,1 +1,0 @@
-"""Device code. The sources live in the repository's top-level ``kernels/`` folder (see its README)."""
