@@ -190,19 +190,27 @@ def assert_as_accurate_as_reference(
         scale: size of what is rounded, for a difference of larger things; the largest of ``exact`` if None.
         what: named in the failure.
     """
-    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     given, expected = list(reference.shape), list(exact.shape)
-    assert given[1:] == expected, f"{what}: reference of shape {given}, expected evaluations [K, *{expected}]"
+    _demand(actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {expected}")
+    _demand(given[1:] == expected, f"{what}: reference of shape {given}, expected evaluations [K, *{expected}]")
     dtype, special = actual.dtype, ~torch.isfinite(exact)
-    assert torch.equal(_special(actual), _special(exact)), f"{what}: NaN or Inf where there is none, or the reverse"
+    same = torch.equal(_special(actual), _special(exact))
+    _demand(same, f"{what}: NaN or Inf where there is none, or the reverse")
     actual, reference, exact = (t.double().masked_fill(special, 0) for t in (actual, reference, exact))
     if not exact.numel():
         return
     error, allowed = (actual - exact).abs().max(), (reference - exact).abs().max()
     band = torch.finfo(rounding or dtype).eps * (exact.abs().max() if scale is None else scale)
-    assert error <= 2 * allowed + band, (
-        f"{what}: error {error:.3g}; the reference at the same dtype has {allowed:.3g}, a rounding is {band:.3g}"
+    _demand(
+        bool(error <= 2 * allowed + band),
+        f"{what}: error {error:.3g}; the reference at the same dtype has {allowed:.3g}, a rounding is {band:.3g}",
     )
+
+
+def _demand(condition: bool, message: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not condition:
+        raise AssertionError(message)
 
 
 def _special(values: Tensor) -> Tensor:

@@ -186,6 +186,29 @@ def test_a_damaged_cache_is_mended(suffix, damage, doubled):
     assert lines == [] and hits(function) == 1
 
 
+@pytest.mark.parametrize("name", ["load", "save"])
+def test_what_a_signal_handler_raises_while_the_cache_is_used_is_the_callers(name, doubled, monkeypatch):
+    """An alarm: it is no fault of the cache, which goes on."""
+    from otfuse._backends.cpu import numba_cache
+
+    method = getattr(numba_cache.FunctionCache, f"{name}_overload")
+    alarms = [RuntimeError("alarm")]
+
+    def interrupted(self, *args):
+        if alarms:
+            raise alarms.pop()
+        return method(self, *args)
+
+    if name == "load":
+        doubled()
+    monkeypatch.setattr(numba_cache.FunctionCache, f"{name}_overload", interrupted)
+    with pytest.raises(RuntimeError, match="alarm"):
+        doubled()
+    monkeypatch.undo()
+    function, lines = doubled()
+    assert lines == [] and hits(function) == 1
+
+
 def test_a_cache_that_cannot_be_written_any_more(doubled):
     """A disk that is full, a folder that is gone; here a file stands in its place."""
     function, _ = doubled()

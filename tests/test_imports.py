@@ -120,6 +120,26 @@ def test_info():
         assert re.search(rf"^  {name} +{re.escape(state)}$", printed, re.MULTILINE), printed
 
 
+def test_without_docstrings_and_assertions():
+    """``python -OO``: commands, a solve, and what a user asserts with our help."""
+    code = """
+import otfuse, torch, otfuse.info, otfuse.__main__, otfuse.testing
+assert False, "there are no assertions here"
+for arguments in ([], ["info"], ["demo", "--help"]):
+    try:
+        otfuse.__main__.main(arguments)
+    except SystemExit:
+        pass
+one = torch.ones(2)
+try:
+    otfuse.testing.assert_as_accurate_as_reference(one, 2 * one[None], 2 * one.double())
+except AssertionError as error:
+    print("caught", error)
+"""
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0 and "caught result: error 1" in done.stdout, done.stderr
+
+
 def test_info_json():
     facts = json.loads(python("-m", "otfuse", "info", "--json").stdout)
     assert set(facts) == {"otfuse", "python", "platform", "packages", "devices", "threads", "backends"} | {

@@ -37,19 +37,34 @@ class _Cache(FunctionCache):
     """A function's part of the cache. A file that cannot be read is as none, and compiling mends it."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        load = super().load_overload
         try:
-            return super().load_overload(sig, target_context)
+            return load(sig, target_context)
         except Exception as error:  # half a pickle raises anything
-            self._log(error)
-            with contextlib.suppress(OSError):
-                self.flush()
-            return None
+            if self._fails_again(lambda: load(sig, target_context)):
+                self._log(error)
+                with contextlib.suppress(OSError):
+                    self.flush()
+                return None
+            raise
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        save = super().save_overload
         try:
-            super().save_overload(sig, data)
+            save(sig, data)
         except Exception as error:  # a full disk; or what could not be read, where it cannot be replaced either
+            if not self._fails_again(lambda: save(sig, data)):
+                raise
             self._log(error)
+
+    @staticmethod
+    def _fails_again(attempt: Callable[[], Any]) -> bool:
+        """What the cache raises it raises again; what a signal's handler raised meanwhile is the caller's."""
+        try:
+            attempt()
+        except Exception:
+            return True
+        return False
 
     def _log(self, error: Exception) -> None:
         _log_once(

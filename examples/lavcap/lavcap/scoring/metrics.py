@@ -21,7 +21,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import METEOR_JAR, Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
-from lavcap.scoring.java import find_java, java_environment, plain_path
+from lavcap.scoring.java import check_java, find_java, java_environment, plain_path
 from lavcap.scoring.spice import spice_per_clip, why_no_spice
 from lavcap.scoring.tokens import tokenise
 
@@ -49,6 +49,7 @@ def score_captions(predictions: Mapping[str, str], references: Mapping[str, Sequ
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} clips must be the same clips, one at least"
         )
+    check_java()
     hypotheses = tokenise({clip_id: [predictions[clip_id]] for clip_id in references})
     truths = tokenise(references)
     empty = [clip_id for clip_id, texts in truths.items() if not texts or not all(texts)]
