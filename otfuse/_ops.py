@@ -7,7 +7,7 @@ derivatives of zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -148,15 +148,95 @@ def call(op: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...
         return op(*args)
 
 
+class Derivatives:
+    """Derivatives of an op whose arguments are tensors, options, and whatever else; its outputs with a gradient first.
+
+    Subclasses say how: ``setup_context`` and ``backward`` as ``torch.library.register_autograd`` has them. Those of the
+    backward op, which takes the same tensors and options first and gradients of the outputs last, follow from
+    ``plain``.
+    """
+
+    name: str
+    tensors: int  # arguments with a gradient, or None
+    options: int  # arguments that follow
+    outputs: int  # with a gradient
+    library = library
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        raise NotImplementedError
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The outputs with a gradient, in plain PyTorch."""
+        raise NotImplementedError
+
+    def register(self, batch: Callable[[Any], Callable[..., Any]] | None = None) -> None:
+        """With the batching rule that ``batch`` makes of an op; folding the extra dimension into the batch if None."""
+        op = getattr(getattr(torch.ops, self.library.ns), self.name)
+        register_autograd(self.library, self.name, self.backward, setup_context=self.setup_context)
+        torch.library.register_vmap(op.default, (batch or batched)(op), lib=self.library)
+
+
+class SecondDerivatives(Derivatives):
+    """Those of the backward op of ``first``, by autograd through plain PyTorch."""
+
+    def __init__(self, first: Derivatives, name: str | None = None) -> None:
+        self.first, self.name, self.library = first, name or f"{first.name}_backward", first.library
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        of = self.first
+        ctx.options, ctx.others = inputs[of.tensors : of.tensors + of.options], len(inputs) - of.tensors - of.outputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: of.tensors], *inputs[-of.outputs :])
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if IMPLICIT in ctx.options[-1:]:
+            raise RuntimeError(FIRST_DERIVATIVES_ONLY)
+        of, saved = self.first, ctx.saved_tensors
+        inputs, incoming = saved[: of.tensors], saved[of.tensors :]
+        of_inputs, of_incoming = second_order(lambda *t: of.plain(t, ctx.options), inputs, incoming, grads)
+        return (*of_inputs, *[None] * ctx.others, *of_incoming)
+
+
 def second_order(
-    solution: Callable[..., tuple[Tensor, ...]], saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The gradient at ``saved`` (values, a, b, and gradients of the solution) of the gradient of ``solution``."""
+    plain: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    incoming: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Derivatives of the gradient of ``plain``; by ``torch.func``, so that transforms go through.
 
-    def gradient(values: Tensor, a: Tensor, b: Tensor, *outer: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(solution, values, a, b)[1](outer)
+    Args:
+        plain: outputs of all ``inputs``.
+        inputs: masks and None are constants.
+        incoming: gradients of the outputs, or None.
+        grads: gradients of the gradient of each of ``inputs``, or None.
 
-    return torch.func.vjp(gradient, *saved)[1](grads)
+    Returns:
+        Gradients of ``inputs`` and of ``incoming``, None where there is none.
+    """
+    leaves = [i for i in inputs if i is not None and has_gradient(i)]
+    given = [i for i in incoming if i is not None]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        left = iter(values)
+        found = plain(*(next(left) if has_gradient(i) else i for i in inputs))
+        return tuple(no_infinity(o) for o, i in zip(found, incoming) if i is not None)
+
+    def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(outputs, *values[: len(leaves)])[1](values[len(leaves) :])
+
+    outer = (g for g, i in zip(grads, inputs) if has_gradient(i))
+    cotangents = tuple(torch.zeros_like(i) if g is None else g for g, i in zip(outer, leaves))
+    second = iter(torch.func.vjp(gradient, *leaves, *given)[1](cotangents))
+    first = [next(second) if has_gradient(i) else None for i in inputs]
+    return first, [None if i is None else next(second) for i in incoming]
+
+
+def has_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
 
 
 def no_infinity(potential: Tensor) -> Tensor:

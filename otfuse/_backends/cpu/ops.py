@@ -15,16 +15,7 @@ from torch import Tensor
 
 from otfuse import _attention as attention
 from otfuse._backends.torch.solver import scaling, solve
-from otfuse._ops import (
-    FIRST_DERIVATIVES_ONLY,
-    OPTIONS,
-    batched,
-    library,
-    no_infinity,
-    register_autograd,
-    second_order,
-    solve_options,
-)
+from otfuse._ops import OPTIONS, Derivatives, SecondDerivatives, library, solve_options
 from otfuse.kernels.constants import IMPLICIT
 
 SOLUTION = "Tensor plan, Tensor f, Tensor g, Tensor marginal_error, Tensor num_iters, Tensor history"
@@ -78,72 +69,58 @@ def _(values: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Te
     return new_gradients(values, a, b)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, a, b, *ctx.options, _ = inputs
-    _keep(ctx, output, values, a, b)
+class _Solve(Derivatives):
+    """Of ``sinkhorn_cpu``."""
 
+    name, tensors, options, outputs = "sinkhorn_cpu", 3, 3, 3
 
-def _setup_tokens_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, a, b, cosine, *ctx.options, _ = inputs
-    ctx.kind = "cosine" if cosine else "dot"
-    similarity, *solution = output
-    _keep(ctx, solution, x, y, similarity, a, b)
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, a, b, *ctx.options, _ = inputs
+        self.save(ctx, output, values, a, b)
 
+    def save(self, ctx: Any, solution: Sequence[Tensor], *inputs: Tensor) -> None:
+        plan, _, _, marginal_error, rounds, history = solution
+        ctx.mark_non_differentiable(marginal_error, rounds, history)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, plan, rounds, history)
 
-def _keep(ctx: Any, solution: Sequence[Tensor], *inputs: Tensor) -> None:
-    plan, _, _, marginal_error, rounds, history = solution
-    ctx.mark_non_differentiable(marginal_error, rounds, history)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, plan, rounds, history)
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (*self.gradient(ctx.saved_tensors, ctx.options, grads), *[None] * 4)
 
+    def gradient(
+        self, saved: Sequence[Tensor], options: list[Any], grads: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, a, b, plan, rounds, history = saved
+        if options[2] != IMPLICIT and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
+            plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(values, a, b, *options, True)
+        incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
+        return torch.ops.otfuse.sinkhorn_cpu_backward(values, a, b, *options, plan, rounds, history, *incoming)
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return (*_solve_gradient(ctx.saved_tensors, ctx.options, grads), *[None] * 4)
-
-
-def _tokens_backward(ctx: Any, grad_similarity: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    x, y, *solved = ctx.saved_tensors
-    grad, grad_a, grad_b = _solve_gradient(solved, ctx.options, grads)
-    grad = grad if grad_similarity is None else grad + grad_similarity
-    return (*attention.similarity_gradient(grad, solved[0], x, y, ctx.kind), grad_a, grad_b, *[None] * 5)
-
-
-def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[3:6]
-    ctx.save_for_backward(*inputs[:3], *inputs[-3:])
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    if ctx.options[2] == IMPLICIT:
-        raise RuntimeError(FIRST_DERIVATIVES_ONLY)
-    second = _second_order(ctx.saved_tensors, ctx.options, grads)
-    return (*second[:3], *[None] * 6, *second[3:])
-
-
-def _solve_gradient(
-    saved: Sequence[Tensor], options: list[Any], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    values, a, b, plan, rounds, history = saved
-    if options[2] != IMPLICIT and history.shape[1] == 0:  # a transform's gradient, which could not be foreseen
-        plan, _, _, _, rounds, history = torch.ops.otfuse.sinkhorn_cpu(values, a, b, *options, True)
-    incoming = [torch.zeros_like(t) if grad is None else grad for t, grad in zip((plan, a, b), grads)]
-    return torch.ops.otfuse.sinkhorn_cpu_backward(values, a, b, *options, plan, rounds, history, *incoming)
-
-
-def _second_order(saved: tuple[Tensor, ...], options: Sequence[Any], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
-    sign, solving = options[0][0].sign(), solve_options(*options)
-
-    def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+        values, a, b = inputs
+        assert values is not None and a is not None and b is not None
+        sign, solving = options[0][0].sign(), solve_options(*options)
         p = attention.Marginals(a, b, masked=True)
-        outputs = solve(lambda s, a, b: scaling(s, a, b, solving), sign * values, p)
-        return tuple(no_infinity(output) for output in outputs[:3])
-
-    return second_order(solution, saved, grads)
+        return solve(lambda s, a, b: scaling(s, a, b, solving), sign * values, p)[:3]
 
 
-register_autograd(library, "sinkhorn_cpu", _backward, setup_context=_setup_context)
-register_autograd(library, "sinkhorn_tokens_cpu", _tokens_backward, setup_context=_setup_tokens_context)
-register_autograd(library, "sinkhorn_cpu_backward", _double_backward, setup_context=_setup_backward_context)
-for _name in ("sinkhorn_cpu", "sinkhorn_tokens_cpu", "sinkhorn_cpu_backward"):
-    torch.library.register_vmap(f"otfuse::{_name}", batched(getattr(torch.ops.otfuse, _name)))
+class _SolveTokens(_Solve):
+    """Of ``sinkhorn_tokens_cpu``."""
+
+    name = "sinkhorn_tokens_cpu"
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, y, a, b, cosine, *ctx.options, _ = inputs
+        ctx.kind = "cosine" if cosine else "dot"
+        similarity, *solution = output
+        self.save(ctx, solution, x, y, similarity, a, b)
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        x, y, *solved = ctx.saved_tensors
+        grad, grad_a, grad_b = self.gradient(solved, ctx.options, grads[1:])
+        grad = grad if grads[0] is None else grad + grads[0]
+        return (*attention.similarity_gradient(grad, solved[0], x, y, ctx.kind), grad_a, grad_b, *[None] * 5)
+
+
+for _derivatives in (_Solve(), _SolveTokens(), SecondDerivatives(_Solve())):
+    _derivatives.register()

@@ -20,7 +20,7 @@ from torch import Tensor
 from otfuse._attention import Marginals
 from otfuse._backends.base import Solution
 from otfuse._backends.torch.solver import solve
-from otfuse._ops import FIRST_DERIVATIVES_ONLY, batched, no_infinity, register_autograd, second_order
+from otfuse._ops import FIRST_DERIVATIVES_ONLY, Derivatives, batched, no_infinity, second_order
 
 Sizes = dict[str, int]
 VALUES = ("values", "plan", "grad_plan", "grad_values")  # float32 or bfloat16, as the first; all else is float32
@@ -137,48 +137,58 @@ for _name in KERNELS:
     torch.library.register_fake(f"otfuse_tpc::{_name}", _fake(_name), lib=library)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, a, b, form, *ctx.options = inputs
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(values, a, b, form, *output[3:])
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+class _Sinkhorn(Derivatives):
     """Of ``sinkhorn_history``, and of ``sinkhorn`` for a transform's gradient, which could not be foreseen."""
-    scale, num_iters, tol, *kept = ctx.options
-    values, a, b, form, report, *history = ctx.saved_tensors
-    if not history:
-        *_, report, kept_history = torch.ops.otfuse_tpc.sinkhorn_history(
-            values, a, b, form, scale, num_iters, tol, num_iters
-        )
-        kept, history = [num_iters], [kept_history]
-    like = (values, a, b)
-    incoming = [torch.zeros_like(t) if grad is None else grad.contiguous() for t, grad in zip(like, grads)]
-    solved = (values, a, b, form, report, history[0], *incoming, scale)
-    N, M = a.shape[1], b.shape[1]
-    if kept[0] == num_iters:
-        gradients = torch.ops.otfuse_tpc.unroll(*solved, unroll_slice(N, M))
-    else:
-        gradients = torch.ops.otfuse_tpc.implicit(*solved, min(N, M) + 20)
-    return (*gradients, None, *[None] * len(ctx.options))
+
+    library = library
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, a, b, form, *ctx.options = inputs
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, a, b, form, *output[3:])
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        scale, num_iters, tol, *kept = ctx.options
+        values, a, b, form, report, *history = ctx.saved_tensors
+        if not history:
+            *_, report, kept_history = torch.ops.otfuse_tpc.sinkhorn_history(
+                values, a, b, form, scale, num_iters, tol, num_iters
+            )
+            kept, history = [num_iters], [kept_history]
+        like = (values, a, b)
+        incoming = [torch.zeros_like(t) if grad is None else grad.contiguous() for t, grad in zip(like, grads)]
+        solved = (values, a, b, form, report, history[0], *incoming, scale)
+        N, M = a.shape[1], b.shape[1]
+        if kept[0] == num_iters:
+            gradients = torch.ops.otfuse_tpc.unroll(*solved, unroll_slice(N, M))
+        else:
+            gradients = torch.ops.otfuse_tpc.implicit(*solved, min(N, M) + 20)
+        return (*gradients, None, *[None] * len(ctx.options))
 
 
-def _setup_unroll_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, a, b, _, report, history, *grads, ctx.scale, _ = inputs
-    ctx.num_iters = history.shape[1]
-    ctx.save_for_backward(values, a, b, *grads, report)
+class _Unroll(Derivatives):
+    """Of ``unroll``, by way of plain PyTorch."""
 
+    name, library = "unroll", library
 
-def _unroll_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    *saved, report = ctx.saved_tensors
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, a, b, _, report, history, *grads, ctx.scale, _ = inputs
+        ctx.num_iters = history.shape[1]
+        ctx.save_for_backward(values, a, b, *grads, report)
 
-    def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        outputs = _rounds_in_plain_pytorch(values.float(), a, b, ctx.scale, ctx.num_iters, report[:, 1])
-        return outputs[0].to(values.dtype), *outputs[1:]
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *saved, report = ctx.saved_tensors
 
-    second = second_order(solution, tuple(saved), grads)
-    return (*second[:3], None, None, None, *second[3:], None, None)
+        def solution(values: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            outputs = _rounds_in_plain_pytorch(values.float(), a, b, ctx.scale, ctx.num_iters, report[:, 1])
+            return outputs[0].to(values.dtype), *outputs[1:]
+
+        of_inputs, of_incoming = second_order(solution, saved[:3], saved[3:], grads)
+        return (*of_inputs, None, None, None, *of_incoming, None, None)
 
 
 def _rounds_in_plain_pytorch(
@@ -201,12 +211,16 @@ def _rounds_in_plain_pytorch(
     return plan.mT, no_infinity(f), no_infinity(g)
 
 
-def _setup_implicit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
+class _Implicit(Derivatives):
+    """Of ``implicit``: none."""
 
+    name, library = "implicit", library
 
-def _implicit_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError(FIRST_DERIVATIVES_ONLY)
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(FIRST_DERIVATIVES_ONLY)
 
 
 def _batched_items_last(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
@@ -225,10 +239,9 @@ def _batched_items_last(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     return rule
 
 
-for _name in ("sinkhorn", "sinkhorn_history"):
-    register_autograd(library, _name, _backward, setup_context=_setup_context)
-register_autograd(library, "unroll", _unroll_backward, setup_context=_setup_unroll_context)
-register_autograd(library, "implicit", _implicit_backward, setup_context=_setup_implicit_context)
-for _name, _kernel in KERNELS.items():
-    _batch = _batched_items_last if _kernel.items_last else batched
-    torch.library.register_vmap(f"otfuse_tpc::{_name}", _batch(getattr(torch.ops.otfuse_tpc, _name)), lib=library)
+for _derivatives in (_Sinkhorn("sinkhorn"), _Sinkhorn("sinkhorn_history"), _Unroll(), _Implicit()):
+    _derivatives.register()
+for _name in ("survey", "small"):  # without a gradient
+    _op = getattr(torch.ops.otfuse_tpc, _name)
+    _batch = _batched_items_last if KERNELS[_name].items_last else batched
+    torch.library.register_vmap(_op.default, _batch(_op), lib=library)

@@ -8,6 +8,7 @@ Letters: B batch, N tokens of ``x``, M tokens of ``y``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from otfuse import _ops as ops
 from otfuse._backends.triton.device import blocks, precision
 from otfuse._backends.triton.launch import INTERPRETED, contiguous, launch, on
 from otfuse._backends.triton.paths import LARGEST_TILE, tile_side
-from otfuse._ops import register_autograd
 from otfuse._problem import solve_dtype
 
 # assignment, contrast: places in _problem.ASSIGNMENTS and CONTRASTS. mean: over the tokens of a side, not their sum.
@@ -114,45 +114,34 @@ for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
     ops.library.impl("alignment_loss_triton_backward", launch_alignment_loss_backward, _key)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, normaliser, has_mass = output
-    ctx.options = inputs[4:]
-    ctx.mark_non_differentiable(normaliser, has_mass)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], normaliser)
+class _Loss(ops.Derivatives):
+    """Of ``alignment_loss_triton``."""
+
+    name = "alignment_loss_triton"
+    tensors = 2  # plan, similarity
+    options = 6  # a, b, OPTIONS
+    outputs = 1  # terms
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, normaliser, has_mass = output
+        ctx.options = inputs[4:]
+        ctx.mark_non_differentiable(normaliser, has_mass)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], normaliser)
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None:
+            return (None,) * 8
+        *problem, normaliser = ctx.saved_tensors
+        op = torch.ops.otfuse.alignment_loss_triton_backward
+        return (*op(*problem, *ctx.options, normaliser, grads[0]), *[None] * 6)
+
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+        plan, similarity = inputs
+        assert plan is not None and similarity is not None
+        a, b, (temperature,), *kinds = options
+        return alignment.token_terms(plan, similarity, a, b, temperature, *kinds)[:1]
 
 
-def _backward(ctx: Any, grad_terms: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad_terms is None:
-        return (None,) * 8
-    *problem, normaliser = ctx.saved_tensors
-    op = torch.ops.otfuse.alignment_loss_triton_backward
-    return (*op(*problem, *ctx.options, normaliser, grad_terms), *[None] * 6)
-
-
-def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[4:8]
-    ctx.save_for_backward(*inputs[:4], inputs[9])
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
-    plan, similarity, a, b, grad_terms = ctx.saved_tensors
-    (temperature,), *kinds = ctx.options
-
-    def terms(plan: Tensor, similarity: Tensor) -> Tensor:
-        return alignment.token_terms(plan, similarity, a, b, temperature, *kinds)[0]
-
-    def gradient(plan: Tensor, similarity: Tensor, grad_terms: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(terms, plan, similarity)[1](grad_terms)
-
-    second = torch.func.vjp(gradient, plan, similarity, grad_terms)[1](grads)
-    return (*second[:2], *[None] * 7, second[2])
-
-
-register_autograd(ops.library, "alignment_loss_triton", _backward, setup_context=_setup_context)
-register_autograd(
-    ops.library, "alignment_loss_triton_backward", _double_backward, setup_context=_setup_backward_context
-)
-for _op in ("alignment_loss_triton", "alignment_loss_triton_backward"):
-    torch.library.register_vmap(f"otfuse::{_op}", ops.batched(getattr(torch.ops.otfuse, _op)))
+_Loss().register()
+ops.SecondDerivatives(_Loss()).register()

@@ -21,17 +21,16 @@ from otfuse._attention import solve_precision
 from otfuse._backends.torch.backend import TorchBackend
 from otfuse._backends.triton.paths import is_small
 from otfuse._ops import (
-    FIRST_DERIVATIVES_ONLY,
     OPTIONS,
     WITH_NUMBERS,
-    batched,
+    Derivatives,
+    SecondDerivatives,
+    has_gradient,
     library,
-    no_infinity,
-    register_autograd,
     solve_options,
 )
 from otfuse._problem import Problem, solve_dtype
-from otfuse.kernels.constants import DETACH, IMPLICIT, UNROLL
+from otfuse.kernels.constants import DETACH, UNROLL
 
 # history: whether to keep what the backward needs; what is not wanted comes back empty.
 ATTEND = f"Tensor x, Tensor y, Tensor? a, Tensor? b, bool cosine, bool barycentric, {OPTIONS}"
@@ -141,14 +140,14 @@ def _(cost: Tensor, a: Tensor | None, b: Tensor | None, *_: Any) -> tuple[Tensor
     return new_gradients(cost, a, b)
 
 
-class _Attend:
-    """Derivatives of ``sinkhorn_attend_triton``; what is the same for a cost, :class:`_Cost` inherits."""
+class _Attend(Derivatives):
+    """Of ``sinkhorn_attend_triton``; what is the same for a cost, :class:`_Cost` inherits."""
 
     name = "sinkhorn_attend_triton"
     tensors = 4  # x, y, a, b
     options = 5  # cosine, barycentric, OPTIONS
-    outputs = 6  # those with a gradient: x, y, plan, similarity, f, g
-    unwanted: tuple[bool, ...] = (False, False)  # plan and similarity, when only the history is
+    outputs = 6  # x, y, plan, similarity, f, g
+    matrices: tuple[bool, ...] = (False, False)  # neither plan nor similarity, when only the history is asked for
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[self.tensors : self.tensors + self.options]
@@ -164,43 +163,14 @@ class _Attend:
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
         if kept[1].shape[-1] == 0:  # a transform's gradient, which could not be foreseen
-            again = getattr(torch.ops.otfuse, self.name)(*inputs, *ctx.options, True, *self.unwanted)
+            again = getattr(torch.ops.otfuse, self.name)(*inputs, *ctx.options, True, *self.matrices)
             kept = again[-2:]
         op = getattr(torch.ops.otfuse, f"{self.name}_backward")
         results = op(*inputs, *ctx.options, *kept, *grads[: self.outputs])
-        nothing = [None] * (self.options + 1 + len(self.unwanted))
-        return (*(r if _has_gradient(i) else None for i, r in zip_longest(inputs, results)), *nothing)
+        nothing = [None] * (self.options + 1 + len(self.matrices))
+        return (*(r if has_gradient(i) else None for i, r in zip_longest(inputs, results)), *nothing)
 
-    def setup_backward_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[self.tensors : self.tensors + self.options]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *inputs[-self.outputs :])
-
-    def double_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Gradient of the gradient, by autograd through plain PyTorch; torch.func, so that transforms go through."""
-        if ctx.options[-1] == IMPLICIT:
-            raise RuntimeError(FIRST_DERIVATIVES_ONLY)
-        inputs, incoming = ctx.saved_tensors[: self.tensors], ctx.saved_tensors[self.tensors :]
-        leaves = [i for i in inputs if _has_gradient(i)]
-        sent = [i for i in incoming if i is not None]
-
-        def forward(*values: Tensor) -> tuple[Tensor, ...]:
-            given = iter(values)
-            filled = [next(given) if _has_gradient(i) else i for i in inputs]
-            outputs = self.plainly(filled, ctx.options)
-            return tuple(no_infinity(o) for o, i in zip(outputs, incoming) if i is not None)
-
-        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(forward, *values[: len(leaves)])[1](values[len(leaves) :])
-
-        outer = (g for g, i in zip(grads, inputs) if _has_gradient(i))
-        cotangents = tuple(torch.zeros_like(i) if g is None else g for g, i in zip(outer, leaves))
-        second = iter(torch.func.vjp(gradient, *leaves, *sent)[1](cotangents))
-        first = [next(second) if _has_gradient(i) else None for i in inputs]
-        nothing = [None] * (self.options + 2)  # KEPT
-        return (*first, *nothing, *(None if i is None else next(second) for i in incoming))
-
-    def plainly(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
         x, y, a, b = inputs
         cosine, barycentric, *solving = options
         assert x is not None and y is not None
@@ -212,18 +182,18 @@ class _Attend:
 
 
 class _Cost(_Attend):
-    """Derivatives of ``sinkhorn_triton``."""
+    """Of ``sinkhorn_triton``."""
 
     name = "sinkhorn_triton"
     tensors = 3  # cost, a, b
     options = 3  # OPTIONS
     outputs = 3  # plan, f, g
-    unwanted = ()
+    matrices = ()
 
     def constants(self, output: tuple[Tensor, ...], grad: int) -> Sequence[Tensor]:
         return output[:3] if grad == DETACH else ()
 
-    def plainly(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
         cost, a, b = inputs
         assert cost is not None
         problem = Problem(None, None, cost, a, b, solve_options(*options))
@@ -231,18 +201,6 @@ class _Cost(_Attend):
         return solution.plan.to(cost.dtype), solution.f, solution.g
 
 
-def _has_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point()
-
-
 for _derivatives in (_Attend(), _Cost()):
-    _name = _derivatives.name
-    register_autograd(library, _name, _derivatives.backward, setup_context=_derivatives.setup_context)
-    register_autograd(
-        library,
-        f"{_name}_backward",
-        _derivatives.double_backward,
-        setup_context=_derivatives.setup_backward_context,
-    )
-    for _op in (_name, f"{_name}_backward"):
-        torch.library.register_vmap(f"otfuse::{_op}", batched(getattr(torch.ops.otfuse, _op)))
+    _derivatives.register()
+    SecondDerivatives(_derivatives).register()

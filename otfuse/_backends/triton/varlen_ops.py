@@ -18,7 +18,7 @@ from otfuse._backends.base import attend_padded
 from otfuse._backends.torch.backend import TorchBackend
 from otfuse._backends.triton import ops as fused_ops
 from otfuse._backends.triton.ops import KEPT, SOLUTION, new_gradients
-from otfuse._ops import NUMBERS, OPTIONS, WITH_NUMBERS, argument_names, library, register_autograd, solve_options
+from otfuse._ops import NUMBERS, OPTIONS, WITH_NUMBERS, SecondDerivatives, argument_names, library, solve_options
 from otfuse._problem import VarlenProblem, solve_dtype
 from otfuse.kernels.constants import DETACH, UNROLL
 
@@ -71,18 +71,18 @@ def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, *_: Any) -> tupl
 
 
 class _AttendVarlen(fused_ops._Attend):
-    """Derivatives of ``sinkhorn_attend_varlen_triton``."""
+    """Of ``sinkhorn_attend_varlen_triton``."""
 
     name = "sinkhorn_attend_varlen_triton"
     tensors = 6  # x, y, a, b, cu_seqlens_x, cu_seqlens_y
     options = 7  # longest_x, longest_y, cosine, barycentric, OPTIONS
     outputs = 5  # x, y, plan, f, g
-    unwanted = (False,)
+    matrices = (False,)
 
     def constants(self, output: tuple[Tensor, ...], grad: int) -> Sequence[Tensor]:
         return output[2:5] if grad == DETACH else ()
 
-    def plainly(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    def plain(self, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Tensor, ...]:
         x, y, a, b, cu_seqlens_x, cu_seqlens_y = inputs
         longest_x, longest_y, cosine, barycentric, *solving = options
         assert x is not None and y is not None and cu_seqlens_x is not None and cu_seqlens_y is not None
@@ -96,9 +96,8 @@ class _AttendVarlen(fused_ops._Attend):
         return out.x, out.y, out.plan.to(problem.solve_dtype), out.f, out.g
 
 
-def _batched(name: str) -> Any:
+def _batched(op: Any) -> Any:
     """vmap by packing the copies one after the other: offsets of the next go on where those of the last end."""
-    op = getattr(torch.ops.otfuse, name)
     has_copies = [argument not in NUMBERS for argument in argument_names(op)]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -128,13 +127,5 @@ def _joined(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.cat((moved[:, :-1].flatten(), moved[-1:, -1]))
 
 
-_derivatives = _AttendVarlen()
-register_autograd(library, _derivatives.name, _derivatives.backward, setup_context=_derivatives.setup_context)
-register_autograd(
-    library,
-    f"{_derivatives.name}_backward",
-    _derivatives.double_backward,
-    setup_context=_derivatives.setup_backward_context,
-)
-for _name in (_derivatives.name, f"{_derivatives.name}_backward"):
-    torch.library.register_vmap(f"otfuse::{_name}", _batched(_name))
+_AttendVarlen().register(_batched)
+SecondDerivatives(_AttendVarlen()).register(_batched)
