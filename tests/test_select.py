@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+import types
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
+from otfuse._backends import base
 from otfuse._backends.cpu import numba_import as _numba
 from otfuse._backends.select import BACKENDS, _logged, select
 from otfuse._backends.tpc import emulator as _tpc_emulator
@@ -328,3 +331,13 @@ def test_the_choice_is_made_at_every_call(installed):
     assert [select(problem(device), "auto").name for device in ("cpu", "meta", "cpu")] == ["cpu", "torch", "cpu"]
     installed()
     assert select(problem(), "auto").name == "torch"
+
+
+def test_an_option_that_a_backend_does_not_know_is_refused(monkeypatch):
+    """A new one is plain PyTorch's first; at its default it hinders nobody."""
+    monkeypatch.setitem(base.OPTIONS, "reach", None)
+    with_reach = [types.SimpleNamespace(**asdict(SolveOptions(0.1)), reach=reach) for reach in (None, 0.5)]
+    without, asked = (replace(problem(), options=options) for options in with_reach)
+    assert all("it has no option reach" not in backend.unsupported(without) for backend in BACKENDS)
+    knowing = [backend.name for backend in BACKENDS if "it has no option reach" not in backend.unsupported(asked)]
+    assert knowing == ["torch"] and select(asked, "auto").name == "torch"

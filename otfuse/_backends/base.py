@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Backend:
 
     name: str
     device: str | None = None  # the type of device it runs on; None is any
-    options = frozenset(OPTIONS)  # those it knows
+    options: Container[str] = ("epsilon", "num_iters", "tol", "grad")  # of SolveOptions, those it knows
 
     def unavailable(self) -> list[str]:
         """Reasons why this backend cannot run here, whatever the problem; empty when it can."""
@@ -65,16 +66,18 @@ class Backend:
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run this problem; looks at device, dtype and shape only."""
-        unknown = [
-            f"it has no option {name}"
-            for name, default in OPTIONS.items()
-            if name not in self.options and getattr(problem.options, name) != default
-        ]
-        return self._elsewhere(problem.values) + unknown
+        return self._elsewhere(problem.values) + self._unknown(problem)
 
     def unsupported_loss(self, problem: LossProblem) -> list[str]:
         """The same for a loss."""
         return ["it has no kernel for the loss"]
+
+    def _unknown(self, problem: Problem) -> list[str]:
+        return [
+            f"it has no option {name}"
+            for name, default in OPTIONS.items()
+            if name not in self.options and getattr(problem.options, name) != default
+        ]
 
     def _elsewhere(self, values: Tensor) -> list[str]:
         if self.device in (None, values.device.type):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otfuse._attention import Marginals
-from otfuse._backends.base import Backend, Solution
+from otfuse._backends.base import OPTIONS, Backend, Solution
 from otfuse._backends.torch.implicit import attach_implicit_gradient
 from otfuse._backends.torch.solver import scaling, solve, without_offset
 from otfuse._problem import LossProblem, Problem
@@ -17,6 +17,7 @@ from otfuse._problem import LossProblem, Problem
 
 class TorchBackend(Backend):
     name = "torch"
+    options = OPTIONS  # all, whatever is added
 
     def unavailable(self) -> list[str]:
         return []

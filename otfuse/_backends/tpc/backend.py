@@ -51,7 +51,8 @@ class TpcBackend(Backend):
         return missing + self.unsupported(problem)
 
     def unsupported(self, problem: Problem) -> list[str]:
-        reasons = [] if problem.values.device.type == "cpu" else super().unsupported(problem)
+        emulated = problem.values.device.type == "cpu"
+        reasons = self._unknown(problem) if emulated else super().unsupported(problem)
         if problem.solve_dtype == torch.float64:
             reasons.append(f"dtype {dtype_name(torch.float64)} (has float32, bfloat16, float16)")
         _, N, M = problem.shape

@@ -47,7 +47,7 @@ class TritonBackend(Backend):
 
     def unsupported(self, problem: Problem) -> list[str]:
         if INTERPRETED and problem.values.device.type == "cpu":
-            return []
+            return self._unknown(problem)
         return super().unsupported(problem)
 
     def unsupported_loss(self, problem: LossProblem) -> list[str]:
