@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import hypothesis
 import problems
 import pytest
 import torch
 
+from otfuse import testing
 from otfuse._backends.base import is_installed
 from otfuse._backends.select import BACKENDS
 from otfuse._backends.triton.launch import INTERPRETED
@@ -19,9 +21,9 @@ BACKEND_NAMES = ("torch", "cpu", "triton", "tpc")
 if INTERPRETED and is_installed("triton"):
     import interpreter  # noqa: F401
 
-hypothesis.settings.register_profile("local", deadline=None, max_examples=20)
-hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+hypothesis.settings.register_profile("same", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.register_profile("others", parent=hypothesis.settings.get_profile("same"), derandomize=False)
+hypothesis.settings.load_profile("same")  # with --hypothesis-profile others: new examples at every run
 
 
 def pytest_configure() -> None:
@@ -46,6 +48,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if {"float64", "torch.float64"} & {str(value) for value in parameters.values()}:
             pytest.skip("tpc: the machine has no float64")
         problems.use(torch.float32)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """First with a single evaluation of every reference, which allows no more than several and takes less time."""
+    several = testing.EVALUATIONS
+    testing.EVALUATIONS = 1
+    try:
+        return (yield)
+    except Exception:
+        testing.EVALUATIONS = several
+        pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+        return True
+    finally:
+        testing.EVALUATIONS = several
 
 
 @pytest.fixture(scope="session", params=BACKEND_NAMES)
