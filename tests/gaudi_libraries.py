@@ -25,7 +25,7 @@ from otfuse._backends.tpc.emulator import cache_folder
 
 ROOT = Path(__file__).parents[1]
 SDK = ROOT / "tests" / "stand_in_sdk"
-BUILD = ROOT / "kernels" / "tpc" / "build.py"
+BUILD = ROOT / "otfuse" / "kernels" / "tpc" / "build.py"
 PLUGIN = "libhabana_pytorch2_plugin.so"
 COMPILER = """#!{python}
 import pathlib, sys
@@ -81,7 +81,7 @@ def kept() -> Path:
     """The folder with the plugin's stand-in, the glue and the ops; made once for each state of their sources."""
     told = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(f"{ROOT} {torch.__version__} {told}".encode())
-    folders = (SDK, *(ROOT / "kernels" / "tpc" / part for part in ("glue", "torch", "gaudi2", "gaudi3")))
+    folders = (SDK, *(ROOT / "otfuse" / "kernels" / "tpc" / part for part in ("glue", "torch", "gaudi2", "gaudi3")))
     for source in (Path(__file__), BUILD, *(file for folder in folders for file in sorted(folder.iterdir()))):
         digest.update(source.name.encode() + source.read_bytes())
     folder = cache_folder() / f"stand-in-{digest.hexdigest()[:24]}"

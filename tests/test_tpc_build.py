@@ -19,7 +19,7 @@ LINUX = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("c++") is None, reason="the libraries are compiled by c++, for Linux"
 )
 IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "demo-out", "lib", "__pycache__", "tests")
-KERNELS = sorted(path.stem for path in (ROOT / "kernels" / "tpc" / "gaudi2").glob("*.c"))
+KERNELS = sorted(path.stem for path in (ROOT / "otfuse" / "kernels" / "tpc" / "gaudi2").glob("*.c"))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator 
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KERNELS = ("survey", "sinkhorn", "sinkhorn_history", "unroll", "implicit", "small")
-ROOT = Path(__file__).parents[1] / "kernels" / "tpc"
+ROOT = Path(__file__).parents[1] / "otfuse" / "kernels" / "tpc"
 NAN = float("nan")
 
 

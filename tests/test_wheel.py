@@ -120,6 +120,16 @@ def test_the_sdist_can_be_tested_and_holds_no_litter(dist):
     assert not [name for name in found if re.search(r"__pycache__|\.nb[ic]$|\.py[cod]$", name)]
 
 
+def test_the_tests_of_the_sdist_run_from_it(dist, tmp_path):
+    """On its own sources: pages and links, messages, what may import what."""
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    tests = [f"tests/test_{name}.py" for name in ("errors", "docs", "structure")]
+    assert "passed" in run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
+
+
 def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"otfuse-{VERSION}.dist-info/METADATA").decode()
@@ -175,7 +185,9 @@ def check_use(python, folder):
     assert version == VERSION
     assert rows[0] == pytest.approx([0.5, 0.5], abs=1e-6)
     for package, found in zip(("triton", "tpc"), kernels):
-        expected = {p.name for p in (ROOT / "kernels" / package).iterdir() if p.is_file() and p.suffix != ".pyc"}
+        expected = {
+            p.name for p in (ROOT / "otfuse" / "kernels" / package).iterdir() if p.is_file() and p.suffix != ".pyc"
+        }
         assert "__init__.py" in expected and expected <= set(found)
     return Path(at)
 
