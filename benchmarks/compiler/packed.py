@@ -5,8 +5,8 @@ from __future__ import annotations
 from benchmarks.compiler import streaming
 from benchmarks.compiler.launches import SAMPLE_TILES, SOLUTION, TOKENS, Launch
 from otfuse._backends.triton.configurations import block_sizes
+from otfuse._backends.triton.places import MADE
 from otfuse._backends.triton.varlen import _MOVED as MOVED
-from otfuse._backends.triton.varlen_streaming import MADE
 
 # What is launched for items that no tile holds, with a table instead of one size for all.
 _LONG = (
