@@ -11,7 +11,7 @@ MINUTES ?= 15
 BENCH ?=
 export MPLBACKEND := Agg
 
-.PHONY: demo test test-cpus compiler java chromium check bench report docs wheel clean
+.PHONY: demo test test-cpus compiler java chromium check bench report resources docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
@@ -50,8 +50,12 @@ bench: .venv/bench
 		--out $(RESULTS) --minutes $(MINUTES) $(BENCH)
 
 report: .venv/bench
-	$(BIN)/python benchmarks/report.py $(sort $(wildcard $(RESULTS)/*.json)) --page docs/measured.md \
+	$(BIN)/python -m benchmarks.report $(sort $(wildcard $(RESULTS)/*.json)) --page docs/measured.md \
 		--html build/measured.html --speed docs/images/speed.svg
+
+# Registers and spills of every kernel that is launched, on every target: hours.
+resources: .venv/dev
+	$(BIN)/python -m benchmarks.compiler.table
 
 docs: .venv/demo
 	$(BIN)/python docs/make_api.py

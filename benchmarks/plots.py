@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rows import Row, cases, is_ours, shape
+from benchmarks.results import Row, by_case, is_ours, shape
 
 COLOURS = {
     "otfuse cpu": "#0b5fff", "otfuse triton": "#0b5fff", "otfuse tpc": "#0b5fff", "otfuse torch": "#6aa0ff",
     "POT ot.batch sinkhorn": "#d1495b", "POT loop, numpy": "#e39aa4", "geomloss solve_batch": "#8f5aa8",
-    "ott-jax vmap + jit, kernel mode": "#2e933c", "log domain, eager": "#7d8597", "per-item log-domain loop": "#3d3d3d",
-    "log domain, torch.compile": "#b08900", "batched scaling loop, bmm": "#00a6a6", "flash-sinkhorn": "#ff7f0e",
-    "Liger-Kernel mHC": "#a0522d", "cross-attention (sdpa), no transport": "#c9ada7",
-    "three matrix products alone": "#dfe3e8",
+    "ott-jax vmap + jit, kernel mode": "#2e933c", "log domain, eager": "#7d8597",
+    "per-element log-domain loop": "#3d3d3d", "log domain, torch.compile": "#b08900",
+    "batched scaling loop, bmm": "#00a6a6", "flash-sinkhorn": "#ff7f0e", "Liger-Kernel mHC": "#a0522d",
+    "cross-attention (sdpa), no transport": "#c9ada7", "three matrix products alone": "#dfe3e8",
 }  # fmt: skip
-OTHER = "#999999"
 WORSE = 100  # times our error: no longer the same answer
 SETTINGS = {
     "svg.hashsalt": "otfuse", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
@@ -57,13 +56,13 @@ def _svg(figure: Any) -> str:
 
 
 def colour(contender: str) -> str:
-    return COLOURS.get(contender, OTHER)
+    return COLOURS.get(contender, "#999999")
 
 
 @_styled
 def bars(rows: Sequence[Row], title: str, most: int = 6) -> str:
     """Median time of everybody in each case, and the quartiles: ours on top, then in the order of time."""
-    groups = list(cases(rows).values())[:most]
+    groups = list(by_case(rows).values())[:most]
     entries = []  # (position, row)
     position = 0.0
     for group in groups:
@@ -108,7 +107,9 @@ def _heading(row: Row) -> str:
 @_styled
 def shares(rows: Sequence[Row]) -> str:
     """Of our fastest in each case: the time that copy or product alone would take, over the time taken."""
-    ours = [group[0] for group in cases(rows).values() if is_ours(group[0]) and group[0]["share_of_limit"] is not None]
+    ours = [
+        group[0] for group in by_case(rows).values() if is_ours(group[0]) and group[0].get("share_of_limit") is not None
+    ]
     figure, axes = _figure(8.6, 1.0 + 0.2 * len(ours))
     kinds = {"copy": "#0b5fff", "product": "#f2a541"}
     for at, row in enumerate(ours):
@@ -119,7 +120,7 @@ def shares(rows: Sequence[Row]) -> str:
         axes.barh(0, 0, color=colour_of, label=f"bound by the {'copy' if kind == 'copy' else 'matrix product'}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ours)), [f"{_heading(row)}{_stop(row)}" for row in ours], fontsize=7.5)
-    axes.set(xlabel="share of the limit, which was measured in the same run")
+    axes.set(xlabel="share of the limit, which was workload in the same run")
     axes.set_xlim(0, max(1.1, *(row["share_of_limit"] + 0.1 for row in ours)))
     axes.set_ylim(len(ours) - 0.4, -0.6)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -134,18 +135,18 @@ def _stop(row: Row) -> str:
 
 @_styled
 def curves(rows: Sequence[Row], title: str) -> str:
-    """Distance from the converged plan against time, a point for each number of rounds."""
+    """Distance from the converged plan against time, a point for each number of iterations."""
     figure, axes = _figure(9.4, 4.6)
-    for name, points in _by_contender(rows).items():
-        points = sorted(points, key=lambda row: row["rounds"])
+    for name, points in by_case(rows, "contender").items():
+        points = sorted(points, key=lambda row: row["iterations"])
         across, up = ([row[key] for row in points] for key in ("median_ms", "from_converged"))
         ours = name.startswith("otfuse")
         axes.plot(across, up, marker="o", markersize=4, color=colour(name), label=name, linewidth=2.2 if ours else 1.2)
         if points and name == rows[0]["contender"]:
             for row in points:
                 where = (row["median_ms"], row["from_converged"])
-                axes.annotate(f"{row['rounds']:g}", where, (-4, -11), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds a call, median (beside our points: rounds)")
+                axes.annotate(f"{row['iterations']:g}", where, (-4, -11), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds a call, median (beside our points: iterations)")
     axes.set_ylabel("distance from the converged plan, of its size")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(color="#e6e8eb")
@@ -157,7 +158,7 @@ def curves(rows: Sequence[Row], title: str) -> str:
 def growth(rows: Sequence[Row], axis: str) -> str:
     """Time against what grows."""
     figure, axes = _figure(8, 3.8)
-    for name, points in _by_contender(rows).items():
+    for name, points in by_case(rows, "contender").items():
         points = sorted(points, key=lambda row: row["at"])
         across, up = ([row[key] for row in points] for key in ("at", "median_ms"))
         low, high = ([row["quartiles_ms"][side] for row in points] for side in (0, 1))
@@ -194,7 +195,7 @@ def _fixed(row: Row, axis: str) -> str:
 @_styled
 def memory(rows: Sequence[Row]) -> str:
     """What is held at once beyond inputs and outputs, in arrays of [B, N, M]."""
-    groups = list(cases(rows).values())
+    groups = list(by_case(rows).values())
     names = list(dict.fromkeys(row["contender"] for row in rows))
     figure, axes = _figure(8.6, 0.9 + 0.2 * len(rows))
     at, ticks, drawn = 0.0, [], set()
@@ -215,13 +216,6 @@ def memory(rows: Sequence[Row]) -> str:
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=8)
     axes.grid(axis="x", color="#e6e8eb")
     return _svg(figure)
-
-
-def _by_contender(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["contender"], []).append(row)
-    return found
 
 
 @_styled

@@ -1,6 +1,6 @@
 """The measured tables of docs/gradients.md and docs/numerics.md, as Markdown.
 
-``OMP_NUM_THREADS=1 python benchmarks/tables.py errors modes times`` prints those named, or all three. Tokens are
+``OMP_NUM_THREADS=1 python -m benchmarks.tables errors modes times`` prints those named, or all three. Tokens are
 clustered (``otfuse.testing.clustered_tokens``), D is 768, the cost is ``-cosine``.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
-from conditions import cpu
-from peers import batched_scaling
 from torch import Tensor
 
 import otfuse
+from benchmarks.contenders import batched_scaling
+from benchmarks.results import cpu
 from otfuse.testing import clustered_tokens, specified_sinkhorn
 
 EPSILONS = (1.0, 0.1, 0.05, 0.02, 0.005, 0.001)
@@ -41,7 +41,7 @@ def _weights(shape: tuple[int, ...]) -> Tensor:
 
 
 def errors() -> None:
-    """Largest error of plan and gradient at a fixed number of rounds, against the specification in float64."""
+    """Largest error of plan and gradient at a fixed number of iterations, against the specification in float64."""
     cost = clustered_cost(8, 64, 20)
 
     def ways(epsilon: float) -> dict[str, Plan]:
@@ -69,7 +69,7 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
 
 
 def modes() -> None:
-    """How far the gradients after so many rounds are from the gradient of the converged plan, in float64."""
+    """How far the gradients after so many iterations are from the gradient of the converged plan, in float64."""
     cost = clustered_cost(8, 64, 20).double()
     for epsilon, converged in ((0.1, 4000), (0.02, 60000)):
 
@@ -84,16 +84,16 @@ def modes() -> None:
             return float(((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
 
         table(
-            f"epsilon {epsilon}: distance to the gradient at {converged} rounds ({final:.0e}) over its norm",
-            ("rounds", "marginal error", "`unroll`", "`implicit`"),
+            f"epsilon {epsilon}: distance to the gradient at {converged} iterations ({final:.0e}) over its norm",
+            ("iterations", "marginal error", "`unroll`", "`implicit`"),
             (
                 (
-                    str(rounds),
-                    f"{float(otfuse.sinkhorn(cost, epsilon, num_iters=rounds).marginal_error.max()):.1e}",
-                    f"{distance(rounds, 'unroll'):.1e}",
-                    f"{distance(rounds, 'implicit'):.1e}",
+                    str(iterations),
+                    f"{float(otfuse.sinkhorn(cost, epsilon, num_iters=iterations).marginal_error.max()):.1e}",
+                    f"{distance(iterations, 'unroll'):.1e}",
+                    f"{distance(iterations, 'implicit'):.1e}",
                 )
-                for rounds in (5, 10, 20, 50, 100, 200, 500, 1000)
+                for iterations in (5, 10, 20, 50, 100, 200, 500, 1000)
             ),
         )
 

@@ -15,8 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import measuring
+from benchmarks.answers import Answers, inputs_of, ours, with_gradient
+from benchmarks.cases import Case, Workload
+from benchmarks.contenders import Contender
+from benchmarks.gpu import goals, sanitize
+
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+SCRIPT = ROOT / "benchmarks/gpu/run.sh"
 ON_EVERY_DEVICE = ("Event", "Stream", "current_stream", "stream", "synchronize")
 CALL = 12e-6  # seconds that the stand-in takes for a call
 
@@ -112,49 +118,38 @@ class StandIn:
         return (tensor,)
 
 
-@pytest.fixture
-def timing(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import timing
-
-    return timing
-
-
 @pytest.mark.parametrize("api", ["replayed", "launched", "hpu"])
-def test_a_turn_takes_every_copy_alike(timing, monkeypatch, api):
+def test_a_turn_takes_every_copy_alike(monkeypatch, api):
     device = StandIn(monkeypatch)
     copies = [(torch.tensor(i),) for i in range(5)]
-    contender = timing.Contender("ours", device.call, api != "launched")
+    contender = Contender("ours", device.call, api != "launched")
     hpu = types.SimpleNamespace(**{name: getattr(torch.cuda, name) for name in ON_EVERY_DEVICE})
-    turn = timing.DeviceTurn(contender, copies, hpu if api == "hpu" else torch.cuda)
+    turn = measuring.DeviceTurn(contender, copies, hpu if api == "hpu" else torch.cuda)
     assert (turn.graph is not None) == (api == "replayed")
     assert len(turn.outputs) == 5, "all outputs of a pass are alive together"
     device.seen.clear()
     assert math.isclose(turn.timed(), turn.calls * CALL, rel_tol=1e-6)
     assert math.isclose(turn.per_call()[0], CALL, rel_tol=1e-6)
-    assert turn.calls * CALL >= 0.9 * timing.TURN and turn.calls % 5 == 0
+    assert turn.calls * CALL >= 0.9 * measuring.TURN and turn.calls % 5 == 0
     assert device.seen == list(range(5)) * (len(device.seen) // 5)
 
 
-def test_a_slow_contender_gets_fewer_copies(timing, monkeypatch):
+def test_a_slow_contender_gets_fewer_copies(monkeypatch):
     device = StandIn(monkeypatch)
-    monkeypatch.setattr(timing, "PASS", 0.0)
-    turn = timing.DeviceTurn(timing.Contender("slow", device.call), [(torch.tensor(i),) for i in range(5)])
+    monkeypatch.setattr(measuring, "PASS", 0.0)
+    turn = measuring.DeviceTurn(Contender("slow", device.call), [(torch.tensor(i),) for i in range(5)])
     assert turn.copies[0][0] == 0 and len(turn.copies) == 1
 
 
-def test_copies_exceed_the_cache(timing):
-    copies = timing.copies_beyond_cache((torch.zeros(4), torch.ones(2)), traffic=1_000, cache=50_000)
+def test_copies_exceed_the_cache():
+    copies = measuring.copies_beyond_cache((torch.zeros(4), torch.ones(2)), traffic=1_000, cache=50_000)
     assert len(copies) == 100 and len({copy[0].data_ptr() for copy in copies}) == 100
-    assert len(timing.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 1
+    assert len(measuring.copies_beyond_cache((torch.zeros(4),), traffic=10**9, cache=50_000)) == 1
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_the_sanitizer_sees_every_way(monkeypatch, target):
+def test_the_sanitizer_sees_every_way(target):
     """Tokens and costs on every path, packed tokens on chip and beyond, the loss, each with a backward."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import sanitize
-
     from otfuse._backends.triton import loss as triton_loss
     from otfuse._backends.triton.cluster import HELD
     from otfuse._backends.triton.paths import Path as Way
@@ -175,38 +170,46 @@ def test_the_sanitizer_sees_every_way(monkeypatch, target):
     assert {"unroll", "implicit"} <= beyond and aligned > 5
 
 
-LIMITED = (
+WITH_GOALS = (
     ("test_attend", "lavcap-64x64x20x768 bfloat16 forward"),
     ("test_attend", "lavcap-64x64x20x768 bfloat16 unroll"),
     ("test_attend", "lavcap-1024x64x20x768 bfloat16 forward"),
     ("test_attend", "long_video-8x1024x512x768 bfloat16 forward"),
     ("test_attend", "large-1x4096x4096x64 bfloat16 forward"),
-    ("test_attend", "large-1x4096x4096x64-10rounds bfloat16 forward"),
+    ("test_attend", "large-1x4096x4096x64-10iterations bfloat16 forward"),
     ("test_packed", "forward"),
-    ("test_solve", "many_small-1048576x4x4-20rounds float32 forward"),
+    ("test_solve", "many_small-1048576x4x4-20iterations float32 forward"),
 )
 
 
-def test_what_a_limit_is_set_for_is_timed_first():
+def test_what_a_goal_is_set_for_is_timed_first():
     """A run of ten minutes is cut short. After it comes one size after another at constant work, from 2 to 8192."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "--device", "cuda", "--benchmark-enable", "-q"]
     done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT)
     found = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(found) > 50, done.stdout + done.stderr
-    for line, (name, case) in zip(found, LIMITED):
+    for line, (name, case) in zip(found, WITH_GOALS):
         assert f"::{name}[" in line and line.endswith(f"{case}]")
-    sides = [line for line in found[len(LIMITED) :] if "equal_work" in line]
-    assert sides == found[len(LIMITED) :][:13] and "-16777216x2x2-" in sides[0] and "-1x8192x8192-" in sides[-1]
+    sides = [line for line in found[len(WITH_GOALS) :] if "equal_work" in line]
+    assert sides == found[len(WITH_GOALS) :][:13] and "-16777216x2x2-" in sides[0] and "-1x8192x8192-" in sides[-1]
 
 
-def limit_rows():
-    """Rows of a run, by contender and suite, that every limit can be read from."""
+def goal_rows():
+    """Rows of a run, by contender and suite, that every goal can be read from."""
 
-    def row(contender, size="lavcap", B=64, grad=None, suite="attend", dtype="bfloat16", rounds=50, **values):
-        facts = {"suite": suite, "size": size, "B": B, "dtype": dtype, "grad": grad, "tol": None, "rounds": rounds}
+    def row(contender, size="lavcap", B=64, grad=None, suite="attend", dtype="bfloat16", iterations=50, **values):
+        facts = {
+            "suite": suite,
+            "size": size,
+            "B": B,
+            "dtype": dtype,
+            "grad": grad,
+            "tol": None,
+            "iterations": iterations,
+        }
         return {**facts, "tokens": "clustered", "contender": contender, **values}
 
-    small = {"size": "many_small", "B": 2**20, "suite": "solve", "dtype": "float32", "rounds": 20, "N": 4}
+    small = {"size": "many_small", "B": 2**20, "suite": "solve", "dtype": "float32", "iterations": 20, "N": 4}
     large = {"size": "large", "B": 1, "N": 4096, "D": 64}
     rows = [
         row("otfuse triton", median_ms=0.0149),
@@ -215,7 +218,7 @@ def limit_rows():
         row("otfuse triton, forward alone", grad="unroll", times_ours=0.3),
         row("otfuse triton", B=1024, share_of_copy=0.61),
         row("otfuse triton", **small, share_of_copy=0.81),
-        row("otfuse triton", **small | {"rounds": 50}, share_of_copy=0.1),
+        row("otfuse triton", **small | {"iterations": 50}, share_of_copy=0.1),
         row("Liger-Kernel mHC", **small, times_ours=1.2),
         row("otfuse triton", size="long_video", B=8, median_ms=1.0),
         row("three matrix products alone", size="long_video", B=8, times_ours=0.7),
@@ -224,17 +227,15 @@ def limit_rows():
     ]
     for name, milliseconds, error in (("otfuse triton", 1.0, 1e-5), ("flash-sinkhorn", 1.5, 2e-5)):
         rows += [
-            row(name, **large, rounds=rounds, median_ms=milliseconds * rounds + 3, error=error) for rounds in (50, 10)
+            row(name, **large, iterations=iterations, median_ms=milliseconds * iterations + 3, error=error)
+            for iterations in (50, 10)
         ]
     return rows
 
 
-def test_limits_are_read_from_the_rows(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu_summary
-
-    rows = limit_rows()
-    lines = gpu_summary.limits(rows)
+def test_goals_are_read_from_the_rows():
+    rows = goal_rows()
+    lines = goals.goals(rows)
     assert len(lines) == 10 and all(line.startswith("met ") for line in lines), lines
     assert "14.9 (H200: <= 15)" in lines[0] and "3.33 (H200: <= 3.5)" in lines[3]
     assert "1.43 (H200: <= 1.5)" in lines[7] and "(errors 2.0e-05 and 1.0e-05): 1.5 (H200: >= 1)" in lines[8]
@@ -243,33 +244,25 @@ def test_limits_are_read_from_the_rows(monkeypatch):
         row | {key: value for key, value in worse.items() if key in row and row["size"] != "large"} for row in rows
     ]
     slower = [
-        row | {"median_ms": 1e3} if row["contender"] == "otfuse triton" and row["rounds"] == 50 else row
+        row | {"median_ms": 1e3} if row["contender"] == "otfuse triton" and row["iterations"] == 50 else row
         for row in slower
     ]
-    assert all(line.startswith("MISSED") for line in gpu_summary.limits(slower))
+    assert all(line.startswith("MISSED") for line in goals.goals(slower))
 
 
-def test_a_limit_without_a_row_is_said_to_be_not_measured(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu_summary
-
-    assert all(line.startswith("not measured: ") for line in gpu_summary.limits([]))
-    without_flash = [row for row in limit_rows() if row["contender"] != "flash-sinkhorn"]
-    (line,) = [line for line in gpu_summary.limits(without_flash) if line.startswith("not measured")]
+def test_a_goal_without_a_row_is_said_to_be_not_measured():
+    assert all(line.startswith("not measured: ") for line in goals.goals([]))
+    without_flash = [row for row in goal_rows() if row["contender"] != "flash-sinkhorn"]
+    (line,) = [line for line in goals.goals(without_flash) if line.startswith("not measured")]
     assert "flash-sinkhorn" in line
 
 
 @pytest.mark.parametrize("grad", [None, "unroll"])
-def test_the_check_misses_no_attend_in_bfloat16(monkeypatch, grad):
+def test_the_check_misses_no_attend_in_bfloat16(grad):
     """Most of an output is the token that came in: a kernel that adds nothing to it must not pass, nor NaN."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from cases import Case
-    from measured import Answers, Measured, inputs_of, ours
-    from peers import with_gradient
-
-    measured = Measured(Case("lavcap", 2, 64, 20, 128), torch.bfloat16, grad)
-    inputs = inputs_of(measured, torch.device("cpu"))
-    right, call = Answers(measured, inputs).of("rows first"), ours(measured, "torch")
+    workload = Workload(Case("lavcap", 2, 64, 20, 128), torch.bfloat16, grad)
+    inputs = inputs_of(workload, torch.device("cpu"))
+    right, call = Answers(workload, inputs).of("rows first"), ours(workload, "torch")
     results = call(*inputs) if grad is None else with_gradient(call)(*inputs)
     assert right.error(results) <= right.allowed
     first, second = inputs[-2:]

@@ -1,4 +1,4 @@
-"""Counts from the machine code: on a listing made by hand, and of the rounds of the main case."""
+"""Counts from the machine code: on a listing made by hand, and of the iterations of the main case."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.compiler.instructions import instructions, loops, straight, table
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from count_instructions import instructions, loops, straight, table  # noqa: E402
 
 # A loop within a loop, with a branch around two instructions, one that leaves, one for diverged warps, and a comment.
 SASS = """
@@ -39,19 +39,18 @@ def test_ways_through_a_loop():
     assert loop.shortest == {"all": 5, "shuffles": 1}
     assert loop.longest == {"all": 7, "shuffles": 1, "barriers": 1, "shared": 1}
     assert straight(instructions(SASS)) == {"all": 8, "shuffles": 1}
-    assert table("rounds", instructions(SASS)) == [
-        "| rounds | 1 | 5 to 7 | 1 | 0 to 1 | 0 to 1 | 0 |",
-        "| rounds | whole | 8 | 1 | 0 | 0 | 0 |",
+    assert table("iterations", instructions(SASS)) == [
+        "| iterations | 1 | 5 to 7 | 1 | 0 to 1 | 0 to 1 | 0 |",
+        "| iterations | whole | 8 | 1 | 0 | 0 | 0 |",
     ]
 
 
 COUNT = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 from collections import Counter
-from count_instructions import loops, machine_code, straight
+from benchmarks.compiler.instructions import loops, machine_code, straight
 if __name__ == "__main__":
-    name, dtype, N, M = sys.argv[2:]
+    name, dtype, N, M = sys.argv[1:]
     code = machine_code(name, dtype, (int(N), int(M)), "sm_90")
     print(json.dumps([[loop.shortest for loop in loops(code)], straight(code), Counter(one.mnemonic for one in code)]))
 """
@@ -60,27 +59,27 @@ if __name__ == "__main__":
 def counted(*arguments):
     """In a process of its own: the shortest ways through the loops, through the kernel, and all mnemonics."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT, str(ROOT / "benchmarks"), *map(str, arguments)]
+    command = [sys.executable, "-c", COUNT, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_round_crosses_the_warps_once():
+def test_an_iteration_crosses_the_warps_once():
     """One turn through shared memory: a barrier before it, and one after. Triton's own sums take two (column_sums)."""
-    (similarity, rounds, *attends), _, _ = counted("forward, inference", "bfloat16", 64, 32)
-    assert rounds["barriers"] == 2 and rounds["shuffles"] <= 20 and rounds["all"] < 150
-    assert similarity["all"] > rounds["all"] and len(attends) == 2
+    (similarity, iteration, *attends), _, _ = counted("forward, inference", "bfloat16", 64, 32)
+    assert iteration["barriers"] == 2 and iteration["shuffles"] <= 20 and iteration["all"] < 150
+    assert similarity["all"] > iteration["all"] and len(attends) == 2
 
 
-def test_a_round_of_a_small_item_is_nothing_but_its_multiply_adds():
+def test_an_iteration_of_a_small_element_is_nothing_but_its_multiply_adds():
     """16 multiply-adds or products a side, 8 reciprocals, 8 times a weight, 3 of the loop; no other thread is asked.
 
     Around the loop some hundred go to the offsets of rows.
     """
-    (rounds, logarithms), whole, mnemonics = counted("small, inference", "float32", 4, 4)
-    assert rounds == {"all": 2 * 16 + 8 + 8 + 3, "special": 8}
-    assert whole["all"] <= 650 and rounds["all"] < 200 < logarithms["all"]
-    # A row of a cost at once, in either form; all but error and rounds is stored so too.
+    (iteration, logarithms), whole, mnemonics = counted("small, inference", "float32", 4, 4)
+    assert iteration == {"all": 2 * 16 + 8 + 8 + 3, "special": 8}
+    assert whole["all"] <= 650 and iteration["all"] < 200 < logarithms["all"]
+    # A row of a cost at once, in either form; all but error and iterations is stored so too.
     loads, stores = ({name: n for name, n in mnemonics.items() if name.startswith(kind)} for kind in ("LDG", "STG"))
     assert loads == {"LDG.E.128": 8} and stores == {"STG.E": 2, "STG.E.128": 6}

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import sys
 import types
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "benchmarks"
-MODULES = ("growth", "report", "rows", "plots")
-
-
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    """Those of benchmarks, by name; they are no package."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return {name: importlib.import_module(name) for name in MODULES}
+from benchmarks import plots
+from benchmarks import report as reporter
 
 
 def conditions(**changes):
@@ -38,7 +28,7 @@ def row(suite, contender, median, *, B=4, **changes):
     timed = {"median_ms": median, "quartiles_ms": [0.98 * median, 1.02 * median], "times_ours": median, "turns": 9}
     rated = {"share_of_limit": 0.5 / median, "limit": "copy", "gb_per_s": 5.0, "gflop_per_s": 7.0}
     name = {"case": f"{op} lavcap-{B}x64x20x768 float32 forward", "contender": contender, "suite": suite}
-    more = {"grad": None, "tol": None, "tokens": "clustered", "rounds": 50, "error": 1e-7, "against": "rows first"}
+    more = {"grad": None, "tol": None, "tokens": "clustered", "iterations": 50, "error": 1e-7, "against": "rows first"}
     return {**facts, **timed, **rated, **name, **more, "note": "", **changes}
 
 
@@ -60,10 +50,14 @@ def fabricated():
     peer, ours = "POT ot.batch sinkhorn", "otfuse cpu"
     rows = [row("solve", ours, 1.0, B=B) for B in (4, 32)] + [row("attend", ours, 2.0), row("attend", peer, 4.0)]
     rows.insert(1, row("solve", peer, 8.0, note="its own way"))
-    for rounds in (10, 100):
-        case = f"solve lavcap-4x64x20x768-{rounds}rounds float32 forward"
-        rows.append(row("accuracy", ours, rounds / 50, case=case, rounds=rounds, from_converged=10 / rounds**3))
-        rows.append(row("accuracy", peer, rounds / 5, case=case, rounds=rounds, from_converged=1 / rounds))
+    for iterations in (10, 100):
+        case = f"solve lavcap-4x64x20x768-{iterations}iterations float32 forward"
+        rows.append(
+            row("accuracy", ours, iterations / 50, case=case, iterations=iterations, from_converged=10 / iterations**3)
+        )
+        rows.append(
+            row("accuracy", peer, iterations / 5, case=case, iterations=iterations, from_converged=1 / iterations)
+        )
     for B in (1, 4, 16, 64, 256, 1024):
         rows.append(row("scaling", ours, 0.5 + 0.001 * B, B=B, axis="B", at=B))
     for side in (2, 4, 8):
@@ -91,13 +85,13 @@ def written(path, content):
 
 
 @pytest.fixture
-def run(modules, monkeypatch, capsys):
+def run(monkeypatch, capsys):
     """``report.py`` with arguments: its exit code, and what it printed."""
 
     def report(*arguments):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
         try:
-            modules["report"].main()
+            reporter.main()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -156,14 +150,6 @@ def test_a_page_is_made_alike_every_time(run, tmp_path, file):
     assert made[0] == made[1] and len(made[0]) == 9
 
 
-def test_files_of_the_first_version_are_read(run, modules, tmp_path):
-    old = sorted((FOLDER / "results").glob("2026-11-23-*.json"))
-    assert old and run(*old, "--page", tmp_path / "page.md").returncode == 0
-    rows = modules["rows"].read(old[0]).rows
-    assert {row["suite"] for row in rows} == {"attend", "solve"} and all(row["B"] for row in rows)
-    assert {row["grad"] for row in rows} == {None, "unroll", "implicit"}
-
-
 def test_a_file_that_holds_no_results_is_named(run, tmp_path):
     for text in ("not json", "[]", '{"rows": []}', '{"rows": [{}], "conditions": {}}'):
         (tmp_path / "wrong.json").write_text(text)
@@ -177,16 +163,16 @@ def test_a_file_that_holds_no_results_is_named(run, tmp_path):
     ("exponent", "words"),
     [(0.02, "hardly"), (0.5, "less than in proportion"), (1.0, "in proportion"), (1.5, "faster"), (2.0, "the square")],
 )
-def test_slopes_in_words(modules, exponent, words):
+def test_slopes_in_words(exponent, words):
     points = [(float(size), 3.0 * size**exponent) for size in (1, 2, 4, 8, 16, 32)]
-    assert modules["growth"].slope(points) == pytest.approx(exponent)
-    assert words in modules["growth"].in_words(points, "B")
-    assert "too few" in modules["growth"].in_words(points[:3], "B")
+    assert reporter.slope(points) == pytest.approx(exponent)
+    assert words in reporter.in_words(points, "B")
+    assert "too few" in reporter.in_words(points[:3], "B")
 
 
-def test_a_cliff_is_named(modules):
+def test_a_cliff_is_named():
     points = [(32, 1.1), (2, 1.0), (8, 1.2), (16, 6.0), (4, 1.0)]
-    assert modules["growth"].largest_step(points) == "the largest step is × 5.00, from 8 to 16"
+    assert reporter.largest_step(points) == "the largest step is × 5.00, from 8 to 16"
 
 
 def slowed(factor, contender="otfuse cpu", machine=1.0, width=0.02):
@@ -234,8 +220,8 @@ def test_a_row_that_is_gone_is_named(run, tmp_path, file):
     assert done.stdout.count("same") == 13  # an attend, a solve, two of a curve, nine that grow
 
 
-def test_pictures_leave_matplotlib_as_it_was(modules):
+def test_pictures_leave_matplotlib_as_it_was():
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    assert modules["plots"].step([row for row in fabricated()["rows"] if row["suite"] == "step"]).startswith("<?xml")
+    assert plots.step([row for row in fabricated()["rows"] if row["suite"] == "step"]).startswith("<?xml")
     assert dict(matplotlib.rcParams) | {"backend": None} == before | {"backend": None}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gaudi import model_table
 from otfuse._backends.tpc import emulator
 from otfuse.kernels.tpc import model
 from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, Work
@@ -20,19 +20,10 @@ MOST_OPERATIONS, MOST_CYCLES, MOST_CYCLES_OF_TWO = 100, 250, 110
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import tpc_model
-
-        yield tpc_model
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def lavcap(script):
-    return script.Solver(script.count_solver("sinkhorn", 64, 20, 2), script.count_solver("sinkhorn", 64, 20))
+def lavcap():
+    return model_table.Solver(
+        model_table.count_solver("sinkhorn", 64, 20, 2), model_table.count_solver("sinkhorn", 64, 20)
+    )
 
 
 def without_error(row: str) -> list[str]:
@@ -105,20 +96,20 @@ class TestGoals:
         for B, expected in ((24, one), (48, two), (64, two + one), (256, 5 * two + one)):
             assert lavcap.microseconds(B, GAUDI2)[0] == pytest.approx(expected)
 
-    def test_the_printed_table_is_that_of_these_kernels(self, script, lavcap):
+    def test_the_printed_table_is_that_of_these_kernels(self, lavcap):
         page = max(BENCHMARKS.glob("results/*-gaudi-modelled.md")).read_text(encoding="utf-8")
         rows = re.findall(r"^\| `sinkhorn` \| 64 × 20 \|.*$", page, re.MULTILINE)
-        counted = script.counts_table(lavcap).split("\n")[2:]
+        counted = model_table.counts_table(lavcap).split("\n")[2:]
         assert [without_error(row) for row in rows] == [without_error(row) for row in counted], (
-            "run: python benchmarks/tpc_model.py"
+            "run: python -m benchmarks.gaudi.model_table"
         )
         # Inputs are rounded as the processor does it, so the digits of an error are its own.
-        assert all(0 < float(row.split("|")[4]) < script.MOST_ERROR for row in rows + counted)
-        assert script.batches_table(lavcap) in page
-        assert script.formulations_table(lavcap) in page
-        assert script.fused_table(64, 20) in page
+        assert all(0 < float(row.split("|")[4]) < model_table.MOST_ERROR for row in rows + counted)
+        assert model_table.batches_table(lavcap) in page
+        assert model_table.formulations_table(lavcap) in page
+        assert model_table.fused_table(64, 20) in page
         assert "Modelled, not measured: no kernel has run on a Gaudi" in page
 
-    def test_a_wrong_answer_has_no_count(self, script):
+    def test_a_wrong_answer_has_no_count(self):
         with pytest.raises(AssertionError, match="wrong by"):
-            script.counted("sinkhorn", 64, 20, 1, 1e-3, [Work(*[1] * 6)] * 2)
+            model_table.counted("sinkhorn", 64, 20, 1, 1e-3, [Work(*[1] * 6)] * 2)

@@ -25,6 +25,7 @@ SOLVERS = {
 def frontend(*arguments):
     """In a process of its own: where the interpreter is on, there is nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
     command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -37,24 +38,24 @@ def found():
 
 
 def test_every_kernel_is_looked_at(found):
-    assert set(found["kernels"]) == {of["kernel"] for of in found["variants"].values()}
+    assert set(found["kernels"]) == {of["kernel"] for of in found["launches"].values()}
     assert set(found["kernels"]) > SOLVERS
 
 
 def test_no_loop_drops_a_name(found):
     """Every value that outlives an iteration is carried to the next."""
-    assert not [(name, of["not carried"]) for name, of in found["variants"].items() if of["not carried"]]
+    assert not [(name, of["not carried"]) for name, of in found["launches"].items() if of["not carried"]]
 
 
 def test_the_log_kernel_is_the_same_bits_in_every_kernel(found):
     """One of its products is rounded and the other is not, and the kernel says which."""
-    assert not [(name, of["twofold"]) for name, of in found["variants"].items() if of["twofold"]]
-    assert {of["kernel"] for of in found["variants"].values() if of["fused"]} >= SOLVERS
+    assert not [(name, of["twofold"]) for name, of in found["launches"].items() if of["twofold"]]
+    assert {of["kernel"] for of in found["launches"].values() if of["fused"]} >= SOLVERS
 
 
 def test_sizes_are_multiplied_in_64_bits(found):
     """Those of small costs apart, whose sides are no longer than 16."""
-    of_any_size = {name: of for name, of in found["variants"].items() if not name.startswith("small")}
+    of_any_size = {name: of for name, of in found["launches"].items() if not name.startswith("small")}
     assert not [(name, of["narrow"]) for name, of in of_any_size.items() if of["narrow"]]
 
 

@@ -24,12 +24,10 @@ ROOT = Path(__file__).parents[1]
 IN_PLACE = ("streaming, backward: gradients", "streaming, backward: gather")
 COMPILE = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
-import ahead_of_time
-for name in json.loads(sys.argv[2]):
-    variant = ahead_of_time.VARIANTS[name]
-    row = ahead_of_time.Row(name, "float32", ahead_of_time.tiles(name, "float32")[0], "sm_90")
-    compiled = ahead_of_time.compile_variant(variant, row.dtype, ahead_of_time.configured(row), row.target)
+from benchmarks.compiler import table
+for name in json.loads(sys.argv[1]):
+    row = table.typical_row(name)._replace(dtype="float32")
+    compiled = table.compile_launch(table.LAUNCHES[name], row.dtype, table.configured(row), row.target)
     print(json.dumps(compiled.asm["ttgir"]))
 """
 
@@ -60,7 +58,7 @@ def held_by_several(text: str) -> list[str]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(ROOT / "benchmarks"), json.dumps(IN_PLACE)]
+    command = [sys.executable, "-c", COMPILE, json.dumps(IN_PLACE)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

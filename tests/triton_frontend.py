@@ -1,6 +1,6 @@
 """What Triton's frontend makes of every kernel, without a GPU and without compiling further; run as a script.
 
-Prints, as JSON, the kernels that were looked at and every fault of the three kinds below, by variant. Triton's
+Prints, as JSON, the kernels that were looked at and every fault of the three kinds below, by launch. Triton's
 interpreter sees none of them: it runs the kernels as Python, in Python's integers, and rounds every product.
 """
 
@@ -12,16 +12,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from triton.compiler import ASTSource, code_generator
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ahead_of_time
-from ahead_of_time import FAMILY_OF, KERNELS, PACKAGE, TARGETS, VARIANTS, Row
+from benchmarks.compiler import table
+from benchmarks.compiler.table import LAUNCHES, PACKAGE, TARGETS
+from benchmarks.results import ROOT
 
-# What a launcher may pass for these, beside what a variant has.
+# What a launcher may pass for these, beside what a launch has.
 CONSTANTS = {
     "STOPS": (False, True),
     "HISTORY": (0, 1, 2),
@@ -109,19 +108,16 @@ def twofold_products(code: str) -> list[str]:
 
 
 def codes(name: str) -> dict[str, str]:
-    """Of a variant: Triton's code by the constants that a launcher may pass."""
-    dtype = "bfloat16" if ahead_of_time.tiles(name, "bfloat16") else "float32"
-    on_chip = name not in FAMILY_OF
-    tile = ((32, 32) if "loss" in name else (64, 32)) if on_chip else ahead_of_time.tiles(name, dtype)[0]
-    blocks = ahead_of_time.configured(Row(name, dtype, tile, "sm_90"))
-    options, constants = ahead_of_time.launched_with(VARIANTS[name], blocks)
-    variant = VARIANTS[name]._replace(solution=VARIANTS[name].solution + STATE)
+    """Of a launch: Triton's code by the constants that a launcher may pass."""
+    row = table.typical_row(name)
+    options, constants = table.launched_with(LAUNCHES[name], table.configured(row))
+    launch = LAUNCHES[name]._replace(solution=LAUNCHES[name].solution + STATE)
     choices = {of: values for of, values in CONSTANTS.items() if of in constants}
     found = {}
     for values in itertools.product(*choices.values()):
         passed = dict(zip(choices, values))
-        source = ahead_of_time.source(variant, dtype, constants | passed)
-        found[f"{name} {passed}"] = ahead_of_time.intermediate(source, TARGETS["sm_90"], options)
+        source = table.source(launch, row.dtype, constants | passed)
+        found[f"{name} {passed}"] = table.intermediate(source, TARGETS["sm_90"], options)
     return found
 
 
@@ -133,14 +129,17 @@ def faults(code: str) -> dict[str, Any]:
 
 
 def of_all() -> dict[str, Any]:
-    modules = [importlib.import_module(f"{PACKAGE}.{path.stem}") for path in sorted(KERNELS.glob("[a-z]*.py"))]
+    modules = [
+        importlib.import_module(f"{PACKAGE}.{path.stem}")
+        for path in sorted((ROOT / "otfuse/kernels/triton").glob("[a-z]*.py"))
+    ]
     kernels = {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
     found = {
-        name: {"kernel": VARIANTS[variant].kernel, **faults(code)}
-        for variant in VARIANTS
-        for name, code in codes(variant).items()
+        name: {"kernel": LAUNCHES[launch].kernel, **faults(code)}
+        for launch in LAUNCHES
+        for name, code in codes(launch).items()
     }
-    return {"kernels": sorted(kernels), "variants": found}
+    return {"kernels": sorted(kernels), "launches": found}
 
 
 def of_faulty() -> dict[str, Any]:
@@ -152,7 +151,7 @@ def of_faulty() -> dict[str, Any]:
     for name, kernel in vars(faulty_kernels).items():
         if hasattr(kernel, "arg_names"):
             source = ASTSource(kernel, {of: types[of] for of in kernel.arg_names}, {})
-            found[name] = faults(ahead_of_time.intermediate(source, TARGETS["sm_90"], {"num_warps": 4}))
+            found[name] = faults(table.intermediate(source, TARGETS["sm_90"], {"num_warps": 4}))
     return found
 
 

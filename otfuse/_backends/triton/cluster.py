@@ -33,7 +33,7 @@ def adjoint_rounds_kernel() -> Any:
 
 
 # Entries that a cluster holds, by target: twice as many to a block, where the compiler finds room for them
-# (benchmarks/resources.json), and one block where there are no clusters.
+# (benchmarks/compiler/resources.json), and one block where there are no clusters.
 HELD = {"sm_90": 32 * CLUSTER_PART, "sm_100": 16 * CLUSTER_PART, "sm_80": CLUSTER_PART, "gfx942": 0}
 INTERPRETED = HELD["sm_90"]
 

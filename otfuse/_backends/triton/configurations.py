@@ -1,6 +1,6 @@
 """Block sizes, warps and stages of the Triton kernels: from a table by size class and device, never by trying out.
 
-The table is kernels/triton/configurations.json; benchmarks/tune_triton.py makes it.
+The table is kernels/triton/configurations.json; benchmarks/compiler/tune.py makes it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SMALL_SIDE = 16  # the longest side of a cost that is solved as one of many
 LARGEST_TILE = {8: 4096, 4: 16384}  # by bytes of an entry of the solve
 
 # Longer ones would not leave a thread its registers: the longest side, by bytes of an entry, and the largest tile of
-# tokens with a side of more than 128 (benchmarks/resources.json has the worst cases).
+# tokens with a side of more than 128 (benchmarks/compiler/resources.json has the worst cases).
 LONGEST_SIDE = {8: 64, 4: 256}
 LARGEST_LONG_TILE = 8192
 

@@ -20,7 +20,7 @@ from otfuse._problem import solve_dtype
 WARP = 32  # lanes; where a warp has 64, an item takes twice as many of them
 
 # Entries of a cost that a lane holds, by bytes of an entry: what leaves a forward no stack
-# (benchmarks/resources.json). Weights and stops take registers besides, and so does a backward's second tile.
+# (benchmarks/compiler/resources.json). Weights and stops take registers besides, and so does a backward's second tile.
 HELD = {
     "small": {4: 32, 8: 8},
     "small, everything": {4: 8, 8: 2},
