@@ -237,8 +237,8 @@ def page(rows: Sequence[Counted]) -> str:
 
 **Modelled, not measured: no kernel has run on a Gaudi.** Operations and latencies are counted in the host emulator, on
 {datetime.date.today()}, float32, {ROUNDS} rounds (a round is the difference of runs of {COUNTED[0]} and {COUNTED[1]}),
-epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model and its assumptions:
-`kernels/tpc/model`. {machines}.
+epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model
+and its assumptions: `kernels/tpc/model`. {machines}.
 Clocks follow from published TFLOPS. Launch costs are not published: a parameter.
 
 ## What the kernels issue
