@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def later(item: pytest.Item) -> int:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if config.option.device == "cpu":
-            return int("workload" in params and params["workload"].takes_long)
+            return int(getattr(params.get("workload"), "takes_long", False))
         return urgency(getattr(item, "originalname", ""), params)
 
     items.sort(key=later)

@@ -67,9 +67,11 @@ def counted(*arguments):
 
 def test_an_iteration_crosses_the_warps_once():
     """One turn through shared memory: a barrier before it, and one after. Triton's own sums take two (column_sums)."""
-    (similarity, iteration, *attends), _, _ = counted("forward, inference", "bfloat16", 64, 32)
+    loops, _, _ = counted("forward, inference", "bfloat16", 64, 32)
+    *_, iteration, _, _ = loops  # the attends come last
     assert iteration["barriers"] == 2 and iteration["shuffles"] <= 20 and iteration["all"] < 150
-    assert similarity["all"] > iteration["all"] and len(attends) == 2
+    similarity, *of_any_length = loops[:-3]  # again, where a token is so long or so short that its square is no number
+    assert similarity["all"] > iteration["all"] and of_any_length
 
 
 def test_an_iteration_of_a_small_element_is_nothing_but_its_multiply_adds():

@@ -45,8 +45,14 @@ INTEGERS = "rounds", "has_mass", "stopped", "done", "cu_seqlens_x", "cu_seqlens_
 # A module for each path: LAUNCHES by name, the ``tiles`` of one in a dtype, and the ``blocks`` it is launched with.
 PATH_OF = {name: path for path in (on_chip, small, streaming, packed, cluster) for name in path.LAUNCHES}
 LAUNCHES = {name: path.LAUNCHES[name] for name, path in PATH_OF.items()}
-# Bytes of the one forward tile that no configuration is found for: a row's offset beside the largest tile (2026-12-01).
-SPILLS = {Row("forward, cost", "float32", (128, 128), "sm_100"): 24}
+# Bytes a thread, of forward tiles that no configuration without is found for: offsets of rows beside the largest; and
+# addresses, stored at the start and read back outside the iterations, which tokens of any length need (2026-12-01).
+SPILLS = {
+    Row("forward, cost", "float32", (128, 128), "sm_100"): 24,
+    Row("forward", "bfloat16", (128, 128), "sm_90"): 24,
+    Row("forward", "bfloat16", (128, 128), "sm_100"): 24,
+    Row("forward", "float64", (64, 64), "sm_90"): 64,
+}
 
 
 def rows() -> list[Row]:

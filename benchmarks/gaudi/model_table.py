@@ -20,6 +20,7 @@ import otfuse
 from otfuse._backends.torch import solver as plain
 from otfuse._backends.tpc import emulator
 from otfuse._backends.tpc import ops as tpc_ops
+from otfuse._problem import SolveOptions
 from otfuse.kernels.tpc import model
 from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, LAUNCHES_US, MACHINES, Machine, Work
 from otfuse.testing import clustered_tokens
@@ -82,12 +83,12 @@ def inputs(B: int, N: int, M: int) -> Inputs:
 def solved_right(given: Inputs, rounds: int) -> Tensor:
     """The plan [B, N, M] of the specification, in float64."""
     values, a, b = (tensor.double() for tensor in given)
-    return plain.specification(values, a, b, EPSILON, rounds).plan
+    return plain.specification(values, a, b, SolveOptions(EPSILON, rounds)).plan
 
 
 def gradient_right(given: Inputs, grad_plan: Tensor, rounds: int) -> Tensor:
     values = given.values.double().requires_grad_()
-    plan = plain.specification(values, given.a.double(), given.b.double(), EPSILON, rounds).plan
+    plan = plain.specification(values, given.a.double(), given.b.double(), SolveOptions(EPSILON, rounds)).plan
     return torch.autograd.grad(plan, values, grad_plan.double())[0]
 
 
