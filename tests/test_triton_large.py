@@ -8,6 +8,7 @@ spread over several blocks of a cluster.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -279,6 +280,30 @@ def test_gradients_by_a_cost(on_path, device, epsilon, path):
     actual, exact = by(otfuse.sinkhorn, torch.float32, backend="triton"), by(specified_sinkhorn, torch.float64)
     for name, *values in zip(("cost", "a"), actual, reference, exact, exact):
         assert_accurate(*values, what=f"gradient by {name} at {epsilon}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_scalings_that_leave_the_range_of_float32(on_path, device, path):
+    """After some twenty rounds at epsilon 0.001: plan and gradients by the weights and the cost, or by the tokens."""
+    on_path(path)
+    x, y = clustered_tokens(8, N, 12, D, device=device)
+    a, sent = weights(0, 8, N, torch.float32).to(device), randn(1, 8, N, 12, dtype=torch.float64).to(device)
+    of_tokens = path is Path.RECOMPUTED
+    inputs = (x, y, a) if of_tokens else (-otfuse.similarity_matrix(x, y), a)
+
+    def by(solve, dtype, **options):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        plan = solve(*leaves[:-1], 0.001, a=leaves[-1], num_iters=60, **options).plan
+        return plan.detach(), *torch.autograd.grad((plan.double() * sent).sum(), leaves)
+
+    specified, solver = (
+        (specified_attend, functools.partial(otfuse.sinkhorn_attend, return_plan=True)) if of_tokens
+        else (specified_sinkhorn, otfuse.sinkhorn)
+    )  # fmt: skip
+    reference = references(lambda order: by(reordered(specified, order), torch.float32))
+    actual, exact = by(solver, torch.float32, backend="triton"), by(specified, torch.float64)
+    for name, *values in zip(("plan", *("xya" if of_tokens else "Ca")), actual, reference, exact, exact):
+        assert_accurate(*values, what=f"{path}: {name}")
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

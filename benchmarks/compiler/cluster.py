@@ -24,7 +24,7 @@ LAUNCHES = {
     ),
     "cluster, backward": Launch(
         "cluster_backward", "_adjoint_rounds_kernel", "cluster, backward", "matrix_ptr",
-        "weights_ptr history_ptr first_ptr start_ptr pull_ptr total_ptr", {},
+        "weights_ptr history_ptr exponents_ptr start_ptr pull_ptr total_ptr", {},
     ),
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ _FORWARD_STRIP = ("streaming", "_strip_kernel")
 _TOKEN_STRIP = {"FIRST": False, "LAST": False, "PRECISION": "ieee"}
 _STATE = "weights_ptr exponent_ptr scaling_ptr "
 _FOUND = "new_u_ptr part_ptr found_ptr "
-_ADJOINT = "weights_ptr history_ptr first_ptr start_ptr sums_ptr pull_ptr total_ptr part_ptr "
-_MEETING = "weights_ptr history_ptr first_ptr "
+_ADJOINT = "weights_ptr history_ptr exponents_ptr start_ptr sums_ptr pull_ptr total_ptr part_ptr "
+_MEETING = "weights_ptr history_ptr exponents_ptr "
 _UNROLLED = {"MODE": 1, "BARYCENTRIC": True, "PRECISION": "ieee"}
 _SENT = "x_ptr y_ptr grad_x_out_ptr grad_y_out_ptr "
 
@@ -34,7 +34,7 @@ LAUNCHES = {
     ),
     "streaming: finish": Launch(
         "streaming", "_finish_kernel", "lines", "",
-        _STATE + "found_ptr first_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
+        _STATE + "found_ptr items_ptr f_ptr g_ptr error_ptr history_ptr", {"HISTORY": 2},
     ),
     "streaming: weights": Launch("streaming", "_weights_kernel", "lines", "a_ptr b_ptr", "weights_ptr items_ptr", {}),
     "streaming: norms": Launch(

@@ -6,6 +6,9 @@ DETACH, UNROLL, IMPLICIT = range(3)
 # What a forward keeps for its backward.
 HISTORY_NONE, HISTORY_LAST, HISTORY_ALL = range(3)
 
+# Rows of N + M numbers in the history of a last iteration: scalings, and their exponents of two beyond the chip.
+LAST_ROWS = 2
+
 # Phases of a strip of a streamed adjoint: an iteration; start, step and end of conjugate gradients.
 ROUND, START, STEP, END = range(4)
 

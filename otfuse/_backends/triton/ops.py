@@ -30,7 +30,7 @@ from otfuse._ops import (
     solve_options,
 )
 from otfuse._problem import Problem, solve_dtype
-from otfuse.kernels.constants import DETACH, UNROLL
+from otfuse.kernels.constants import DETACH, LAST_ROWS, UNROLL
 
 # history: whether to keep what the backward needs; what is not wanted comes back empty.
 ATTEND = f"Tensor x, Tensor y, Tensor? a, Tensor? b, bool cosine, bool barycentric, {OPTIONS}"
@@ -60,7 +60,8 @@ def new_solution(values: Tensor, N: int, M: int, num_iters: int, grad: int, hist
     """Room for SOLUTION in the solve dtype.
 
     The history [B, 2 + kept (N + M)] of an item holds one if it was solved in scalings, the log kernel's shift, and
-    u and v of all rounds for ``unroll``, of the last for the others: their logarithms where it was not.
+    u and v of all rounds for ``unroll``, of the last for the others: their logarithms where it was not. Beyond the chip
+    it is as ``streaming._finish_kernel`` has it.
     """
     dtype = solve_dtype(values.dtype)
     shapes, num_iters_shape = solution_shapes(values.shape[0], N, M, num_iters, grad, history)
@@ -72,8 +73,13 @@ def solution_shapes(
     B: int, N: int, M: int, num_iters: int, grad: int, history: bool
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int]]:
     """Of SOLUTION: of what is in the solve dtype, and of num_iters."""
-    kept = 2 + (num_iters if grad == UNROLL else 1) * (N + M) if history else 0
+    kept = 2 + history_rows(num_iters, grad) * (N + M) if history else 0
     return ((B, N), (B, M), (B,), (B, kept)), (B,)
+
+
+def history_rows(num_iters: int, grad: int) -> int:
+    """Of N + M numbers, in the history of an item."""
+    return num_iters if grad == UNROLL else LAST_ROWS
 
 
 def new_small_solution(cost: Tensor, num_iters: int, grad: int, history: bool) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from otfuse._backends.triton.launch import launch, on, wanted
 from otfuse._backends.triton.places import LongItems, Padded
 from otfuse._ops import LaunchOptions
 from otfuse._problem import solve_dtype
-from otfuse.kernels.constants import DETACH, END, IMPLICIT, ROUND, START, STEP, UNROLL
+from otfuse.kernels.constants import DETACH, END, HISTORY_ALL, HISTORY_NONE, IMPLICIT, ROUND, START, STEP, UNROLL
 
 LINES = 256  # of an item, to a program that does not look at the matrix
 WHOLE_LINES = 1024  # at a time, of a program that goes through all of one side
@@ -170,18 +170,19 @@ class Solve:
         self.matrices(None, similarity)
         self.matrix = similarity
 
-    def start(self, history: Tensor | None = None, rounds: Tensor | None = None) -> None:
-        """The first exponents, and room for what the strips of an item find."""
+    def start(self, history: Tensor | None = None, rounds: Tensor | None = None, unrolled: int = 0) -> None:
+        """The first exponents, or those of all rounds of a history, if so many are ``unrolled``; and room for what the
+        strips of an item find."""
         self.strip_rows = self.blocks().BLOCK_N
         self.P = -(-self.N // self.strip_rows)
         strips = self.num_strips(self.strip_rows)
         self.part, self.found = self.new(strips, self.M), self.new(strips)
-        self.new_u, self.first = self.new(self.rows), self.new(self.lines)
+        self.new_u, self.first = self.new(self.rows), self.new(max(unrolled, 1) * self.lines)
         self.stopped = self.new(self.B, dtype=torch.int32)
         self.rounds_run = self.new(self.B, dtype=torch.int32) if rounds is None else rounds
         self.history = history
         self.strip(-1, FIRST=True, LAST=False)
-        self.gather(-1, 0, -1.0, FIRST=True, HISTORY=0)
+        self.gather(-1, unrolled, -1.0, FIRST=True, HISTORY=HISTORY_ALL if unrolled else HISTORY_NONE)
 
     def num_strips(self, rows: int) -> int:
         """Of all items."""
@@ -220,7 +221,7 @@ class Solve:
             self.gather(t, num_iters, tol, FIRST=False, HISTORY=keep)
         self.strip(num_iters, FIRST=False, LAST=True)  # what the rows lack now
         arguments = (
-            self.weights, self.offset, self.exponent, self.first, self.scaling, self.found, self.items,
+            self.weights, self.offset, self.exponent, self.scaling, self.found, self.items,
             f, g, error, rounds, self.history, self.N, self.M, self.P, num_iters, self.scale,
         )  # fmt: skip
         self.launch_lines(_kernels()._finish_kernel, arguments, self.strip_rows, HISTORY=keep)
@@ -314,7 +315,8 @@ class Adjoint(Solve):
 
     def solve(self) -> None:
         """All that ends in ``total``, ``pull`` and ``attended``."""
-        self.start()  # a history is relative to the first exponents, which come out as they did in the forward
+        # A history is relative to exponents of which the first come out as they did in the forward.
+        self.start(self.kept[1], unrolled=self.num_iters if self.mode == UNROLL else 0)
         if self.mode == DETACH and not self.barycentric:
             return
         N, M, kinds = self.N, self.M, 3 if self.mode == IMPLICIT else 2 if self.barycentric else 1

@@ -17,10 +17,10 @@ from torch import Tensor
 from otfuse._backends.base import attend_padded
 from otfuse._backends.torch.backend import TorchBackend
 from otfuse._backends.triton import ops as fused_ops
-from otfuse._backends.triton.ops import KEPT, SOLUTION, new_gradients
+from otfuse._backends.triton.ops import KEPT, SOLUTION, history_rows, new_gradients
 from otfuse._ops import NUMBERS, OPTIONS, WITH_NUMBERS, SecondDerivatives, argument_names, library, solve_options
 from otfuse._problem import VarlenProblem, solve_dtype
-from otfuse.kernels.constants import DETACH, UNROLL
+from otfuse.kernels.constants import DETACH
 
 PACKED = "Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor cu_seqlens_x, Tensor cu_seqlens_y"
 ATTEND = f"{PACKED}, SymInt longest_x, SymInt longest_y, bool cosine, bool barycentric, {OPTIONS}"
@@ -39,7 +39,7 @@ library.define(
 
 def history_length(B: int, tokens: int, num_iters: int, grad: int) -> int:
     """Numbers kept of all items, one item's after the other's: each as in ``fused_ops.new_solution``."""
-    return 2 * B + (num_iters if grad == UNROLL else 1) * tokens
+    return 2 * B + history_rows(num_iters, grad) * tokens
 
 
 def new_outputs(

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .places import wide
 from .rounds import (
+    LAST_ROWS,
     LN2,
     SMALLEST32,
     are_tiny,
@@ -116,7 +117,8 @@ def _attend_fwd_kernel(
         DTYPE: tl.constexpr = tl.float64 if similarity_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     if HISTORY != HISTORY_NONE:
-        history_ptr += item * (2 + wide(num_iters if HISTORY == HISTORY_ALL else 1) * (N + M)) + 2  # two say which form
+        kept = num_iters if HISTORY == HISTORY_ALL else LAST_ROWS
+        history_ptr += item * (2 + wide(kept) * (N + M)) + 2  # two say which form
 
     # Once for an item in one piece. In the logarithmic form, again whenever scalings are folded into K: the similarity
     # is made or read anew, since to keep it beside K would cost registers that a tile of 128 x 128 does not leave.

@@ -13,6 +13,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .places import wide
 from .rounds import (
+    LAST_ROWS,
     LEAST,
     column_sums,
     cosines,
@@ -252,7 +253,7 @@ def _attend_bwd_kernel(
 
     L, _, _, poison = log_kernel(similarity, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    history_ptr += item * (2 + wide(num_iters if MODE == UNROLL else 1) * (N + M)) + 2
+    history_ptr += item * (2 + wide(num_iters if MODE == UNROLL else LAST_ROWS) * (N + M)) + 2
     one_piece = tl.load(history_ptr - 2) != 0
     num_rounds = tl.load(rounds_ptr + item)
     last = tl.maximum(num_rounds - 1, 0) if MODE == UNROLL else 0

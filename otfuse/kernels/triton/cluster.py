@@ -16,8 +16,20 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
-from .rounds import LN2, RANGE32, RANGE64, SMALLEST32, SMALLEST64, divide, half_round, lacking, sign_of, spread
-from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, load_lines, log_tile, pack, wide
+from .rounds import (
+    LAST_ROWS,
+    LN2,
+    RANGE32,
+    RANGE64,
+    SMALLEST32,
+    SMALLEST64,
+    divide,
+    half_round,
+    lacking,
+    sign_of,
+    spread,
+)
+from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, history_of, load_lines, log_tile, wide
 
 
 @triton.constexpr_function
@@ -110,10 +122,9 @@ def _rounds_kernel(
     entries = (1.0 - tl.min(least)) * LN2
     one_piece = (entries <= limit) & (entries + apart_ab <= 1.5 * limit)  # as rounds.fits_one_piece
     if HISTORY != HISTORY_NONE:
-        history_ptr += item * (2 + wide(num_iters if HISTORY == HISTORY_ALL else 1) * (N + M))
-        tl.store(history_ptr, tl.load(items_ptr + item * 4))
-        tl.store(history_ptr + 1, tl.where(one_piece, 1.0, 0.0))
-        history_ptr += 2
+        history_ptr = history_of(history_ptr, item, num_iters if HISTORY == HISTORY_ALL else LAST_ROWS, lines)
+        tl.store(history_ptr - 2, tl.load(items_ptr + item * 4))
+        tl.store(history_ptr - 1, tl.where(one_piece, 1.0, 0.0))
 
     u, v = tl.zeros((BLOCK_N,), DTYPE), tl.where(b == 0, 0.0, 1.0).to(DTYPE)
     error = tl.zeros((), DTYPE)
@@ -127,7 +138,7 @@ def _rounds_kernel(
         while more:
             u = divide(a, tl.maximum(sums, smallest))
             v = divide(b, tl.maximum(tl.sum(tile * u[:, None], 0), smallest))
-            if HISTORY == HISTORY_ALL:  # nothing is beyond what one number holds
+            if HISTORY == HISTORY_ALL:
                 store_lines(history_ptr + wide(t) * (N + M), u, v, N, M, BLOCK_N, BLOCK_M)
             sums = tl.sum(tile * v[None, :], 1)
             t += 1
@@ -141,14 +152,14 @@ def _rounds_kernel(
     else:
         tile = load_log(matrix_ptr, offset_ptr, a, b, stride_n, N, M, scale, BLOCK_N, BLOCK_M, CTAS, WARPS)
         e_u, e_v = tl.zeros((BLOCK_N,), DTYPE), tl.zeros((BLOCK_M,), DTYPE)
+        before_u, before_v = load_lines(first_u_ptr, rows, rows < N), load_lines(first_v_ptr, columns, columns < M)
         while more:
             u, e_u = half_round(tile, a, v, e_v, 1, smallest)
             v, e_v = half_round(tile, b, u, e_u, 0, smallest)
             if HISTORY == HISTORY_ALL:
-                first_u = load_lines(first_u_ptr, rows, rows < N)
-                first_v = load_lines(first_v_ptr, columns, columns < M)
-                at = history_ptr + wide(t) * (N + M)
-                store_lines(at, pack(u, e_u - first_u), pack(v, e_v - first_v), N, M, BLOCK_N, BLOCK_M)
+                kept_u, kept_v = u * tl.exp2(e_u - before_u), v * tl.exp2(e_v - before_v)
+                store_lines(history_ptr + wide(t) * (N + M), kept_u, kept_v, N, M, BLOCK_N, BLOCK_M)
+                before_u, before_v = e_u, e_v
             t += 1
             more = t < num_iters
             if STOPS:
@@ -159,8 +170,8 @@ def _rounds_kernel(
     tl.store(error_ptr + item, error + poison)
     tl.store(rounds_ptr + item, tl.where(has_mass, t, 0))
     if HISTORY == HISTORY_LAST:
-        first_u, first_v = load_lines(first_u_ptr, rows, rows < N), load_lines(first_v_ptr, columns, columns < M)
-        store_lines(history_ptr, pack(u, e_u - first_u), pack(v, e_v - first_v), N, M, BLOCK_N, BLOCK_M)
+        store_lines(history_ptr, u, v, N, M, BLOCK_N, BLOCK_M)
+        store_lines(history_ptr + N + M, e_u, e_v, N, M, BLOCK_N, BLOCK_M)
     if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
         for rest in range(t, num_iters):
             at = history_ptr + wide(rest) * (N + M)

@@ -12,16 +12,15 @@ import triton.language as tl
 from .attend_backward import inverse
 from .cluster import load_log
 from .rounds import apart
-from .streaming import load_lines, unpack, wide
+from .streaming import history_of, load_lines, wide
 
 
 @triton.jit
-def load_side(ptr, first_ptr, index, inside, one_piece):
+def load_side(ptr, exponents_ptr, at, inside, one_piece):
     """Scalings of a round, from its row of the history: numbers, and the exponents that the tile does not hold."""
-    packed = tl.load(ptr + index, mask=inside, other=0.0)
-    number, exponent = unpack(packed)
-    exponent = tl.where(one_piece, 0.0, exponent + load_lines(first_ptr, index, inside))
-    return tl.where(one_piece, packed, number), exponent
+    scaling = load_lines(ptr, at, inside)
+    number, exponent = apart(scaling, load_lines(exponents_ptr, at, inside))
+    return tl.where(one_piece, scaling, number), tl.where(one_piece, 0.0, exponent)
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def product(tile, e_u, e_v, factor, one_piece, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _adjoint_rounds_kernel(
-    matrix_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr, pull_ptr, total_ptr,
+    matrix_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, exponents_ptr, start_ptr, pull_ptr, total_ptr,
     N, M, stride_n, scale: tl.float64, num_iters,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CTAS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -51,9 +50,9 @@ def _adjoint_rounds_kernel(
     item = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, in_y, lines = rows < N, columns < M, item * (N + M)
-    history_ptr += item * (2 + wide(num_iters) * (N + M)) + 2
-    first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
-    pull_ptr += item * num_iters * (N + M)
+    history_ptr = history_of(history_ptr, item, num_iters, lines)
+    exponents_ptr += num_iters * lines  # of rounds, as the history; the first of all are those that K begins with
+    pull_ptr += num_iters * lines
     rounds, one_piece = tl.load(rounds_ptr + item), tl.load(history_ptr - 1) != 0
     a, b = load_lines(weights_ptr + lines, rows, in_x), load_lines(weights_ptr + lines + N, columns, in_y)
     tile = load_log(
@@ -61,16 +60,16 @@ def _adjoint_rounds_kernel(
         BLOCK_N, BLOCK_M, CTAS, WARPS,
     )  # fmt: skip
     if one_piece:
-        first_u, first_v = load_lines(first_u_ptr, rows, in_x), load_lines(first_v_ptr, columns, in_y)
+        first_u, first_v = load_lines(exponents_ptr, rows, in_x), load_lines(exponents_ptr + N, columns, in_y)
         tile = tl.exp2((tile + first_u[:, None]) + first_v[None, :])
     grad_u = load_lines(start_ptr + lines, rows, in_x)  # of the last round; of those before it, zero
     total_u, total_v = tl.zeros_like(a), load_lines(total_ptr + lines + N, columns, in_y)
     last = wide(tl.maximum(rounds - 1, 0)) * (N + M)
     pulled_v = load_lines(pull_ptr + last + N, columns, in_y)
-    v, e_v = load_side(history_ptr + last + N, first_v_ptr, columns, in_y, one_piece)
+    v, e_v = load_side(history_ptr, exponents_ptr, last + N + columns, in_y, one_piece)
     for back in range(0, rounds):
         at = wide(rounds - 1 - back) * (N + M)
-        u, e_u = load_side(history_ptr + at, first_u_ptr, rows, in_x, one_piece)
+        u, e_u = load_side(history_ptr, exponents_ptr, at + rows, in_x, one_piece)
         grad_u -= u * product(tile, e_u, e_v, v * pulled_v, one_piece, 1)
         total_u += grad_u
         pulled_u = grad_u * inverse(a)
@@ -78,7 +77,7 @@ def _adjoint_rounds_kernel(
         grad_u = tl.zeros_like(grad_u)
         if back < rounds - 1:
             at -= N + M
-            v, e_v = load_side(history_ptr + at + N, first_v_ptr, columns, in_y, one_piece)
+            v, e_v = load_side(history_ptr, exponents_ptr, at + N + columns, in_y, one_piece)
             grad_v = -v * product(tile, e_u, e_v, u * pulled_u, one_piece, 0)
             total_v += grad_v
             pulled_v = grad_v * inverse(b)

@@ -24,6 +24,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 RANGE32 = tl.constexpr(40.0)
 RANGE64 = tl.constexpr(300.0)
 
+# Rows of the history of a last iteration (constants.py).
+LAST_ROWS = tl.constexpr(2)
+
 # The factor by which a scaling of the logarithmic form may grow or shrink before it is folded into K.
 GROWN = tl.constexpr(256.0)
 
@@ -461,10 +464,16 @@ def whole(exponent):
 def apart(scaling, exponent):
     """A number whose size is between one and two, or zero, and the exponent of two that it is to be multiplied by.
 
-    One that is smaller than a normal number, as what is pulled may be, stays below one: exp2(-exponent) is infinite.
+    Exactly, from the bits of the number: what gives its power of two away again gives nothing. One that is smaller than
+    a normal number, as what is pulled may be, stays below one: exp2(-exponent) is infinite.
     """
-    most: tl.constexpr = 1022.0 if scaling.dtype == tl.float64 else 126.0
-    grown = tl.minimum(tl.maximum(whole(tl.log2(tl.abs(scaling))), -most), most)
+    if scaling.dtype == tl.float64:
+        grown = (scaling.to(tl.int64, bitcast=True) >> 52 & 0x7FF) - 0x3FF
+        grown = tl.minimum(tl.maximum(grown, -1022), 1022)
+    else:
+        grown = (scaling.to(tl.int32, bitcast=True) >> 23 & 0xFF) - 0x7F
+        grown = tl.minimum(tl.maximum(grown, -126), 126)
+    grown = tl.where(scaling == 0, 0, grown).to(scaling.dtype)
     return scaling * tl.exp2(-grown), exponent + grown
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from .attend import dot_split, split
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
 from .rounds import (
+    LAST_ROWS,
     LN2,
     SMALLEST32,
     SMALLEST64,
@@ -41,13 +42,6 @@ from .rounds import (
     token_products,
     whole,
 )
-
-# A scaling beyond 2^±GROWN gives its power of two away. Entries of K below 2^-126 are zero: times two scalings that are
-# not to grow beyond, and what one round adds, they are no part of a plan whose entries sum to one.
-GROWN = tl.constexpr(4.0)
-
-# Of a history: scalings beyond 2^±WRITTEN are kept as logarithms.
-WRITTEN = tl.constexpr(100.0)
 
 HISTORY_NONE = tl.constexpr(0)
 HISTORY_LAST = tl.constexpr(1)
@@ -254,7 +248,7 @@ def _strip_kernel(
         else:
             L = tl.where(live, log_entries(similarity - offset[:, None], high, low), float("-inf"))
             e_v, v = load_lines(exponent_ptr, at, in_y), load_lines(scaling_ptr, at, in_y)
-            rest += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
+            rest += tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :]
     if FIRST:
         offset = offsets(tl.max(largest, 1)) * sign
         tl.store(offset_ptr + start_x + start + rows, offset, mask=in_x)
@@ -287,7 +281,7 @@ def _strip_kernel(
                 found = tl.max(L, 0)
             else:
                 e_v = load_lines(exponent_ptr, at, in_y) - whole(log_weights(b))
-                found = tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
+                found = tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
 
@@ -318,24 +312,20 @@ def sum_found(found_ptr, P, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def pack(scaling, exponent):
-    """``scaling 2^exponent`` as one number: itself; or, beyond 2^±WRITTEN, minus its logarithm, and one over that where
-    it is negative. Zero at padding."""
-    logarithm = log_weights(scaling) + exponent
-    beyond = tl.abs(logarithm) > WRITTEN
-    written = tl.where(logarithm > 0, -logarithm, 1.0 / tl.where(beyond, logarithm, 1.0))
-    whole_number = scaling * tl.exp2(tl.where(beyond, 0.0, exponent))
-    return tl.where(beyond & (scaling != 0), written, whole_number)
+def history_of(history_ptr, item, kept, lines):
+    """Where the rows of an item's history begin, ``kept`` of them, that has so many lines before it. Two numbers are
+    before them: what poisons the item, and whether its exponents never move."""
+    return history_ptr + 2 * (item + 1) + kept * lines
 
 
 @triton.jit
-def unpack(packed):
-    """A number and the logarithm of what it is to be multiplied by; the number is between one and two, or zero."""
-    number = tl.where(packed > 0, packed, 1.0)
-    exponent = tl.floor(tl.log2(number))
-    logarithm = tl.where(packed < -1, -packed, 1.0 / tl.where(packed < 0, packed, 1.0))
-    number = tl.where(packed == 0, 0.0, number * tl.exp2(-exponent))
-    return number, tl.where(packed < 0, logarithm, exponent)
+def store_exponents(exponents_ptr, history_ptr, exponent, at, inside, lines, num_iters):
+    """The exponents [T, N + M] that the scalings of a history are relative to, from the first of them on."""
+    stay = tl.load(history_ptr - 1) != 0
+    for t in range(0, num_iters):
+        tl.store(exponents_ptr + wide(t) * lines + at, exponent, mask=inside)
+        _, moved = apart(load_lines(history_ptr, wide(t) * lines + at, inside), exponent)
+        exponent = tl.where(stay, exponent, moved)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "t", "num_iters"])
@@ -347,7 +337,8 @@ def _gather_kernel(
     """Programs (item and block of lines): makes round t part of the state, unless the item is done.
 
     The state: exponents and scalings of all lines [B, N + M], whether an item has stopped and its rounds [B]. FIRST
-    sets it up. With HISTORY_ALL the scalings of the round are kept, relative to the first exponents.
+    sets it up. With HISTORY_ALL the scalings of the round are kept, relative to the exponents before it; and FIRST, in
+    the backward, finds those exponents again (``first_ptr`` [B, T, N + M]).
     """
     if table_ptr is not None:
         if is_idle(table_ptr):
@@ -395,31 +386,31 @@ def _gather_kernel(
             exponent = load_lines(exponent_ptr, lines + at, inside)
             near_one = weights * tl.exp2(-whole(log_weights(weights)))  # as the sums are
             scaling = divide(near_one, tl.maximum(found, smallest))
-    if FIRST:
+    if HISTORY == HISTORY_ALL:
+        history_ptr = history_of(history_ptr, item, num_iters, lines)
+        if FIRST:
+            exponents_ptr = first_ptr + num_iters * lines
+            store_exponents(exponents_ptr, history_ptr, exponent, at, inside, N + M, num_iters)
+        else:
+            tl.store(history_ptr + wide(t) * (N + M) + at, scaling, mask=inside)
+    elif FIRST:
         tl.store(first_ptr + lines + at, exponent, mask=inside)
-    else:
-        grown = log_weights(scaling)
-        moved = tl.where(tl.abs(grown) > GROWN, whole(grown), 0.0)
-        if HISTORY == HISTORY_ALL:
-            history_ptr += 2 * (item + 1) + num_iters * lines + wide(t) * (N + M)
-            kept = pack(scaling, exponent - load_lines(first_ptr, lines + at, inside))
-            tl.store(history_ptr + at, kept, mask=inside)
-        exponent += moved
-        scaling *= tl.exp2(-moved)
+    if not FIRST:
+        scaling, exponent = apart(scaling, exponent)
     tl.store(exponent_ptr + lines + at, exponent, mask=inside)
     tl.store(scaling_ptr + lines + at, scaling, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters"])
 def _finish_kernel(
-    weights_ptr, offset_ptr, exponent_ptr, first_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr,
+    weights_ptr, offset_ptr, exponent_ptr, scaling_ptr, found_ptr, items_ptr, f_ptr, g_ptr, error_ptr,
     rounds_ptr, history_ptr, N, M, P, num_iters, scale: tl.float64, table_ptr,
     HISTORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of lines): potentials, what the rows lack, rounds, and the rest of the history.
 
     A history, 2 + kept (N + M) numbers an item, begins with what poisons the item; then the scalings of every round,
-    or of the last, packed and relative to the first exponents.
+    each relative to the exponents before it; or those of the last, and its exponents.
     """
     if table_ptr is not None:
         if is_idle(table_ptr):
@@ -444,14 +435,13 @@ def _finish_kernel(
     if block == 0:
         tl.store(error_ptr + item, sum_found(found_ptr + first_strip, P, DTYPE) + poison)
     if HISTORY != HISTORY_NONE:
-        history_ptr += 2 * item + (num_iters if HISTORY == HISTORY_ALL else 1) * lines
+        history_ptr = history_of(history_ptr, item, num_iters if HISTORY == HISTORY_ALL else LAST_ROWS, lines)
         if block == 0:
-            tl.store(history_ptr, poison)
-            tl.store(history_ptr + 1, 0.0)
-        history_ptr += 2
+            tl.store(history_ptr - 2, poison)
+            tl.store(history_ptr - 1, 0.0)
         if HISTORY == HISTORY_LAST:
-            kept = pack(scaling, exponent - load_lines(first_ptr, lines + at, inside))
-            tl.store(history_ptr + at, kept, mask=inside)
+            tl.store(history_ptr + at, scaling, mask=inside)
+            tl.store(history_ptr + N + M + at, exponent, mask=inside)
         else:
             for rest in range(rounds, num_iters):  # of rounds that were not run: zero, not whatever was there
                 tl.store(history_ptr + wide(rest) * (N + M) + at, tl.zeros((BLOCK,), DTYPE), mask=inside)

@@ -14,9 +14,10 @@ import triton.language as tl
 from .attend import dot_split, split
 from .attend_backward import inverse
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import LEAST, apart, load_passed, small_enough, token_products
+from .rounds import LAST_ROWS, LEAST, apart, load_passed, small_enough, token_products
 from .streaming import (
     gather,
+    history_of,
     largest_weight,
     load_inverse,
     load_lines,
@@ -24,7 +25,6 @@ from .streaming import (
     log_tile,
     plan_tile,
     similarity_tile,
-    unpack,
 )
 
 DETACH = tl.constexpr(0)
@@ -39,9 +39,14 @@ END = tl.constexpr(3)
 
 
 @triton.jit
-def history_of(history_ptr, item, num_iters, lines, MODE: tl.constexpr):
-    """Where the rounds of an item begin that has so many lines before it."""
-    return history_ptr + 2 * (item + 1) + (num_iters if MODE == UNROLL else 1) * lines
+def scalings_of(history_ptr, exponents_ptr, item, num_iters, lines, size, MODE: tl.constexpr):
+    """Where the history of an item of this size begins that has so many lines before it, and its exponents."""
+    history_ptr = history_of(history_ptr, item, num_iters if MODE == UNROLL else LAST_ROWS, lines)
+    if MODE == UNROLL:
+        exponents_ptr += num_iters * lines
+    else:
+        exponents_ptr = history_ptr + size
+    return history_ptr, exponents_ptr
 
 
 @triton.jit
@@ -83,16 +88,15 @@ def plan_gradient(
 
 
 @triton.jit
-def load_scalings(ptr, first_ptr, at, inside):
-    """Of a round, whose row of the history this is: numbers, and the logarithms that they are multiplied by."""
-    number, exponent = unpack(tl.load(ptr + at, mask=inside, other=0.0))
-    return number, exponent + tl.load(first_ptr + at, mask=inside, other=0.0)
+def load_scalings(history_ptr, exponents_ptr, at, inside):
+    """Of a round, in whose row these are: numbers, and the exponents of two that they are multiplied by."""
+    return apart(load_lines(history_ptr, at, inside), load_lines(exponents_ptr, at, inside))
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _start_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    rounds_ptr, history_ptr, first_ptr, rows_ptr, part_ptr,
+    rounds_ptr, history_ptr, exponents_ptr, rows_ptr, part_ptr,
     N, M, D, stride_n, all_rows, scale: tl.float64, num_iters, table_ptr,
     MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -112,9 +116,9 @@ def _start_kernel(
     in_x, at_x = start + rows < N, lines + start + rows
     offset = load_lines(offset_ptr, start_x + start + rows, in_x)[:, None]
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
-    history_ptr += last_round(rounds_ptr, item, MODE) * (N + M)
-    u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
+    history_ptr, exponents_ptr = scalings_of(history_ptr, exponents_ptr, item, num_iters, lines, N + M, MODE)
+    last = last_round(rounds_ptr, item, MODE) * (N + M)
+    u, e_u = load_scalings(history_ptr, exponents_ptr, last + start + rows, in_x)
     matrix_ptr = None if matrix_ptr is None else matrix_ptr + (start_x + start) * stride_n
     grad_plan_ptr = None if grad_plan_ptr is None else grad_plan_ptr + padded
     x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
@@ -132,7 +136,7 @@ def _start_kernel(
             D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
         )  # fmt: skip
         L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
-        v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
+        v, e_v = load_scalings(history_ptr, exponents_ptr, last + N + first + columns, in_y)
         plan = plan_tile(L, e_u, u, e_v, v)
         grad, from_x, from_y = plan_gradient(
             x_ptr, None if y_ptr is None else y_ptr + step, grad_x_out_ptr,
@@ -210,7 +214,7 @@ def _started_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "num_iters", "t"])
 def _adjoint_strip_kernel(
-    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, first_ptr, start_ptr,
+    x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, rounds_ptr, history_ptr, exponents_ptr, start_ptr,
     sums_ptr, pull_ptr, total_ptr, done_ptr, part_ptr, N, M, D, stride_n, scale: tl.float64, num_iters, t, table_ptr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -231,14 +235,16 @@ def _adjoint_strip_kernel(
     MODE: tl.constexpr = UNROLL if PHASE == ROUND else IMPLICIT
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     in_x, at_x = start + rows < N, lines + start + rows
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
+    history_ptr, exponents_ptr = scalings_of(history_ptr, exponents_ptr, item, num_iters, lines, N + M, MODE)
     rounds = num_iters
     if PHASE == ROUND:
         rounds = tl.load(rounds_ptr + item)
         if t >= rounds:
             return
-        history_ptr += wide(t) * (N + M)
-        pull_ptr += num_iters * lines + wide(t) * (N + M) + N
+        row = wide(t) * (N + M)
+        history_ptr += row
+        exponents_ptr += row
+        pull_ptr += num_iters * lines + row + N
     elif PHASE == END:
         pull_ptr = total_ptr + lines + N
     else:
@@ -248,7 +254,7 @@ def _adjoint_strip_kernel(
             return
     offset = load_lines(offset_ptr, start_x + start + rows, in_x)[:, None]
     a, inverse_x = load_lines(weights_ptr, at_x, in_x), load_inverse(inverse_ptr, at_x, in_x, BLOCK_N, DTYPE)
-    u, e_u = load_scalings(history_ptr, first_ptr, start + rows, in_x)
+    u, e_u = load_scalings(history_ptr, exponents_ptr, start + rows, in_x)
     matrix_ptr = None if matrix_ptr is None else matrix_ptr + (start_x + start) * stride_n
     x_ptr = None if x_ptr is None else x_ptr + (start_x + start) * D
     y_ptr = None if y_ptr is None else y_ptr + start_y * D
@@ -264,10 +270,10 @@ def _adjoint_strip_kernel(
                 a != 0, b != 0, stride_n, 1, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
             )  # fmt: skip
             L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
-            v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
+            v, e_v = load_scalings(history_ptr, exponents_ptr, N + first + columns, in_y)
             # Where the weight is small the plan is, and what is pulled is large.
             v, e_v = apart(v * load_lines(pull_ptr, first + columns, in_y), e_v)
-            sums += tl.exp2((L + e_u[:, None]) + e_v[None, :]) * v[None, :]
+            sums += tl.exp2(L + (e_u[:, None] + e_v[None, :])) * v[None, :]
     product = u * tl.sum(sums, 1)
     if PHASE == ROUND:
         if t == rounds - 1:
@@ -297,20 +303,19 @@ def _adjoint_strip_kernel(
             )  # fmt: skip
             L = log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE)
             if PHASE == ROUND:  # what the columns had before the round
-                v, e_v = load_before(history_ptr, first_ptr, t, N + first + columns, in_y, N + M)
+                v, e_v = load_before(history_ptr, exponents_ptr, t, N + first + columns, in_y, N + M)
             else:
-                v, e_v = load_scalings(history_ptr, first_ptr, N + first + columns, in_y)
-            found = v * tl.sum(tl.exp2((L + e_u[:, None]) + e_v[None, :]) * u[:, None], 0)
+                v, e_v = load_scalings(history_ptr, exponents_ptr, N + first + columns, in_y)
+            found = v * tl.sum(tl.exp2(L + (e_u[:, None] + e_v[None, :])) * u[:, None], 0)
             tl.store(part_ptr + first + columns, found, mask=in_y)
 
 
 @triton.jit
-def load_before(history_ptr, first_ptr, t, at, inside, lines):
-    """The same of the round before round t, whose row of the history this is; before the first they are one."""
-    before = tl.where(t == 0, 0, lines)
-    inside = inside & (at < before)
-    number, exponent = unpack(tl.load(history_ptr - before + at, mask=inside, other=1.0))
-    return number, exponent + tl.load(first_ptr + at, mask=inside, other=0.0)
+def load_before(history_ptr, exponents_ptr, t, at, inside, lines):
+    """The same of the round before round t, in whose row these are; before the first they are one."""
+    inside = inside & (at < tl.where(t == 0, 0, lines))
+    number = tl.load(history_ptr + at - lines, mask=inside, other=1.0)
+    return apart(number, load_lines(exponents_ptr, at - lines, inside))
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "num_iters", "t"])
@@ -417,18 +422,17 @@ def _gradients_kernel(
 
 @triton.jit
 def matrix_gradient(
-    L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, at_rows, at_columns, in_x, in_y, N, M, poison,
-    scale, SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
+    L, grad_plan, history_ptr, exponents_ptr, pull_ptr, total_ptr, rounds, at_rows, at_columns, in_x, in_y, N, M,
+    poison, scale, SWAPPED: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of the similarity or cost [BLOCK_N, BLOCK_M], and the tile of the plan.
 
     ``at_rows`` and ``at_columns`` are where the tile's lines stand among the item's; N + M of them. SWAPPED: the tile's
     rows are columns of the item.
     """
-    last = tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0
-    end = history_ptr + wide(last) * (N + M)
-    u, e_u = load_scalings(end, first_ptr, at_rows, in_x)
-    v, e_v = load_scalings(end, first_ptr, at_columns, in_y)
+    last = wide(tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0) * (N + M)
+    u, e_u = load_scalings(history_ptr, exponents_ptr, last + at_rows, in_x)
+    v, e_v = load_scalings(history_ptr, exponents_ptr, last + at_columns, in_y)
     plan = plan_tile(L, e_u, u, e_v, v)
     grad = tl.zeros_like(plan)
     if MODE != DETACH:
@@ -439,17 +443,18 @@ def matrix_gradient(
     if MODE == UNROLL:
         for back in range(0, rounds):
             t = rounds - 1 - back
-            now, pulled = history_ptr + wide(t) * (N + M), pull_ptr + wide(t) * (N + M)
-            u, e_u = load_scalings(now, first_ptr, at_rows, in_x)
-            v, e_v = load_scalings(now, first_ptr, at_columns, in_y)
+            row = wide(t) * (N + M)
+            now, moved, pulled = history_ptr + row, exponents_ptr + row, pull_ptr + row
+            u, e_u = load_scalings(now, moved, at_rows, in_x)
+            v, e_v = load_scalings(now, moved, at_columns, in_y)
             pull_x, pull_y = load_lines(pulled, at_rows, in_x), load_lines(pulled, at_columns, in_y)
             if SWAPPED:  # rows of the tile are what was last updated
                 grad -= plan_tile(L, e_u, u * pull_x, e_v, v)
-                u, e_u = load_before(now, first_ptr, t, at_rows, in_x, N + M)
+                u, e_u = load_before(now, moved, t, at_rows, in_x, N + M)
                 grad -= plan_tile(L, e_u, u, e_v, v * pull_y)
             else:
                 grad -= plan_tile(L, e_u, u, e_v, v * pull_y)
-                v, e_v = load_before(now, first_ptr, t, at_columns, in_y, N + M)
+                v, e_v = load_before(now, moved, t, at_columns, in_y, N + M)
                 grad -= plan_tile(L, e_u, u * pull_x, e_v, v)
     return grad * tl.full((), scale, tl.float64).to(DTYPE) + poison, plan
 
@@ -457,8 +462,8 @@ def matrix_gradient(
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _matrix_gradient_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64, num_iters,
-    table_ptr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
+    rounds_ptr, history_ptr, exponents_ptr, pull_ptr, total_ptr, grad_ptr, N, M, D, stride_n, scale: tl.float64,
+    num_iters, table_ptr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs (item and block of rows, block of columns): the gradient of the similarity or cost [B, N, M].
@@ -498,9 +503,9 @@ def _matrix_gradient_kernel(
         inverse(a), inverse(b),
         a != 0, b != 0, stride_n, 1, D, BARYCENTRIC, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
     )  # fmt: skip
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
+    history_ptr, exponents_ptr = scalings_of(history_ptr, exponents_ptr, item, num_iters, lines, N + M, MODE)
     grad, _ = matrix_gradient(
-        log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, first_ptr,
+        log_tile(similarity, offset, a != 0, b != 0, scale, DTYPE), grad_plan, history_ptr, exponents_ptr,
         None if pull_ptr is None else pull_ptr + num_iters * lines, None if total_ptr is None else total_ptr + lines,
         tl.load(rounds_ptr + item),
         start + rows, N + first + columns, in_x, in_y, N, M, tl.load(history_ptr - 2), scale,
@@ -512,7 +517,7 @@ def _matrix_gradient_kernel(
 @triton.jit(do_not_specialize=["N", "M", "num_iters"])
 def _pull_kernel(
     x_ptr, y_ptr, matrix_ptr, inverse_ptr, weights_ptr, offset_ptr, grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr,
-    grad_similarity_ptr, rounds_ptr, history_ptr, first_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
+    grad_similarity_ptr, rounds_ptr, history_ptr, exponents_ptr, pull_ptr, total_ptr, grad_ptr, grad_x_ptr,
     N, M, D, stride_n, stride_m, scale: tl.float64, num_iters, table_ptr,
     SWAPPED: tl.constexpr, COSINE: tl.constexpr, MODE: tl.constexpr, BARYCENTRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -544,7 +549,7 @@ def _pull_kernel(
     grad_x_out_ptr = None if grad_x_out_ptr is None else grad_x_out_ptr + (start_x + start) * D
     y_ptr, grad_y_out_ptr = y_ptr + start_y * D, None if grad_y_out_ptr is None else grad_y_out_ptr + start_y * D
     rounds = tl.load(rounds_ptr + item)
-    history_ptr, first_ptr = history_of(history_ptr, item, num_iters, lines, MODE), first_ptr + lines
+    history_ptr, exponents_ptr = scalings_of(history_ptr, exponents_ptr, item, num_iters, lines, N + M, MODE)
     poison = tl.load(history_ptr - 2)
     pull_ptr = None if pull_ptr is None else pull_ptr + num_iters * lines
     total_ptr = None if total_ptr is None else total_ptr + lines
@@ -575,13 +580,13 @@ def _pull_kernel(
                     BLOCK_N, BLOCK_M, BLOCK_D, DTYPE,
                 )  # fmt: skip
             grad, plan = matrix_gradient(
-                L, grad_plan, history_ptr, first_ptr, pull_ptr, total_ptr, rounds, line_x, line_y, in_x, in_y, N, M,
+                L, grad_plan, history_ptr, exponents_ptr, pull_ptr, total_ptr, rounds, line_x, line_y, in_x, in_y, N, M,
                 poison, scale, SWAPPED, MODE, DTYPE,
             )  # fmt: skip
         else:
-            end = history_ptr + wide(tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0) * (N + M)
-            u, e_u = load_scalings(end, first_ptr, line_x, in_x)
-            v, e_v = load_scalings(end, first_ptr, line_y, in_y)
+            last = wide(tl.maximum(rounds - 1, 0) if MODE == UNROLL else 0) * (N + M)
+            u, e_u = load_scalings(history_ptr, exponents_ptr, last + line_x, in_x)
+            v, e_v = load_scalings(history_ptr, exponents_ptr, last + line_y, in_y)
             plan = plan_tile(L, e_u, u, e_v, v)
             grad = tl.load(grad_ptr + along + at, mask=live, other=0.0)
         if grad_similarity_ptr is not None:
@@ -629,7 +634,7 @@ def _weight_gradient_kernel(
     start_x, start_y, N, M = place(table_ptr, item, N, M)
     DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
     lines, index = start_x + start_y, tl.arange(0, BLOCK)
-    poison = tl.load(history_of(history_ptr, item, num_iters, lines, MODE) - 2)
+    poison = tl.load(history_of(history_ptr, item, num_iters if MODE == UNROLL else LAST_ROWS, lines) - 2)
     divided_by = tl.load(items_ptr + item * 4 + (3 if SWAPPED else 2))
     if SWAPPED:
         lines += M

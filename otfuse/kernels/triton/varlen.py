@@ -13,6 +13,7 @@ import triton.language as tl
 from .attend import HISTORY_ALL, HISTORY_NONE, _attend_fwd_kernel
 from .attend_backward import UNROLL, _attend_bwd_kernel
 from .places import span, wide
+from .rounds import LAST_ROWS
 
 FILLED = tl.constexpr(1024)  # numbers that are written at a time
 
@@ -58,7 +59,7 @@ def _varlen_fwd_kernel(
         if plan_ptr is not None:
             plan_ptr += start_x * longest_y - item * N * M
         if HISTORY != HISTORY_NONE:
-            history_ptr += (num_iters if HISTORY == HISTORY_ALL else 1) * (by_x + by_y)
+            history_ptr += (num_iters if HISTORY == HISTORY_ALL else LAST_ROWS) * (by_x + by_y)
         _attend_fwd_kernel(
             x_ptr + by_x * D, y_ptr + by_y * D, None, a_ptr, b_ptr,
             x_out_ptr + by_x * D, y_out_ptr + by_y * D, plan_ptr, None, f_ptr + by_x, g_ptr + by_y,
@@ -114,7 +115,7 @@ def _varlen_bwd_kernel(
             grad_a_ptr += by_x
         if grad_b_ptr is not None:
             grad_b_ptr += by_y
-        history_ptr += (num_iters if MODE == UNROLL else 1) * (by_x + by_y)
+        history_ptr += (num_iters if MODE == UNROLL else LAST_ROWS) * (by_x + by_y)
         _attend_bwd_kernel(
             x_ptr + by_x * D, y_ptr + by_y * D, None, a_ptr, b_ptr, rounds_ptr, history_ptr,
             grad_x_out_ptr, grad_y_out_ptr, grad_plan_ptr, None, grad_f_ptr, grad_g_ptr,
