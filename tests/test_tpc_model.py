@@ -21,9 +21,7 @@ MOST_OPERATIONS, MOST_CYCLES, MOST_CYCLES_OF_TWO = 100, 250, 110
 
 @pytest.fixture(scope="module")
 def lavcap():
-    return model_table.Solver(
-        model_table.count_solver("sinkhorn", 64, 20, 2), model_table.count_solver("sinkhorn", 64, 20)
-    )
+    return model_table.Solver(*(model_table.count_solver("sinkhorn", 64, 20, at_once) for at_once in (2, 1)))
 
 
 def without_error(row: str) -> list[str]:

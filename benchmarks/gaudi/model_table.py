@@ -20,6 +20,7 @@ import otfuse
 from otfuse._backends.torch import solver as plain
 from otfuse._backends.tpc import emulator
 from otfuse._backends.tpc import ops as tpc_ops
+from otfuse._problem import SolveOptions
 from otfuse.kernels.tpc import model
 from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, LAUNCHES_US, MACHINES, Machine, Work
 from otfuse.testing import clustered_tokens
@@ -82,12 +83,12 @@ def inputs(B: int, N: int, M: int) -> Inputs:
 def solved_right(given: Inputs, rounds: int) -> Tensor:
     """The plan [B, N, M] of the specification, in float64."""
     values, a, b = (tensor.double() for tensor in given)
-    return plain.specification(values, a, b, EPSILON, rounds).plan
+    return plain.specification(values, a, b, SolveOptions(EPSILON, rounds)).plan
 
 
 def gradient_right(given: Inputs, grad_plan: Tensor, rounds: int) -> Tensor:
     values = given.values.double().requires_grad_()
-    plan = plain.specification(values, given.a.double(), given.b.double(), EPSILON, rounds).plan
+    plan = plain.specification(values, given.a.double(), given.b.double(), SolveOptions(EPSILON, rounds)).plan
     return torch.autograd.grad(plan, values, grad_plan.double())[0]
 
 
@@ -237,8 +238,8 @@ def page(rows: Sequence[Counted]) -> str:
 
 **Modelled, not measured: no kernel has run on a Gaudi.** Operations and latencies are counted in the host emulator, on
 {datetime.date.today()}, float32, {ROUNDS} rounds (a round is the difference of runs of {COUNTED[0]} and {COUNTED[1]}),
-epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model
-and its assumptions: `kernels/tpc/model`. {machines}.
+epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model and its
+assumptions: `kernels/tpc/model`. {machines}.
 Clocks follow from published TFLOPS. Launch costs are not published: a parameter.
 
 ## What the kernels issue

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import otfuse
-from otfuse import loss
+from otfuse._backends.select import BACKENDS
 from otfuse._backends.triton import loss as triton_loss
+from otfuse._problem import LossProblem
 from otfuse.testing import clustered_tokens
 
 ITERATIONS = 3
@@ -96,9 +97,11 @@ def attend_packed(shape: Shape, x: Tensor, y: Tensor, backend: str) -> tuple[Ten
 def align(shape: Shape, plan: Tensor, similarity: Tensor, backend: str) -> tuple[Tensor, ...]:
     """Of the loss, what each token adds to it; another kind for each gradient mode."""
     *_, grad, _, _, padded, _ = shape
-    assignment, contrast = {"unroll": (1, 0), "implicit": (2, 1), "detach": (0, 1)}[grad]
-    token_terms = triton_loss.token_terms if backend == "triton" else loss.token_terms
-    return token_terms(plan, similarity, mask(plan) if padded else None, None, 0.5, assignment, contrast, True)[:1]
+    kinds = {"unroll": ("log_plan", "similarity"), "implicit": ("barycentric", "assignment"),
+             "detach": ("plan", "assignment")}  # fmt: skip
+    problem = LossProblem(plan, similarity, mask(plan) if padded else None, None, 0.5, *kinds[grad], True)
+    (named,) = (of for of in BACKENDS if of.name == backend)  # on a CPU too, in the interpreter
+    return named.token_terms(problem)[:1]
 
 
 def mask(values: Tensor) -> Tensor:
