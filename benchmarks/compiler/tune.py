@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
