@@ -14,8 +14,8 @@ from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, Work
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")
-# Goals: vector operations an iteration and element; cycles an iteration that a schedule needs at least, for one element alone, and for
-# each of two at once.
+# Goals: vector operations an iteration and element; cycles an iteration that a schedule needs at least, for one element
+# alone, and for each of two at once.
 MOST_OPERATIONS, MOST_CYCLES, MOST_CYCLES_OF_TWO = 100, 250, 110
 
 
