@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def later(item: pytest.Item) -> int:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if config.option.device == "cpu":
-            return int(getattr(params.get("workload"), "takes_long", False))
+            workload = params.get("workload")
+            return int(isinstance(workload, Workload) and workload.takes_long)
         return urgency(getattr(item, "originalname", ""), params)
 
     items.sort(key=later)

@@ -126,32 +126,25 @@ def measure(part: Part, repeats: int, device: torch.device, clock: str) -> dict[
     both = [one + other for one, other in zip(forward, backward)]
     low, _, high = statistics.quantiles(both, n=4)
     in_step = 1e3 * part.times
+    times = {"median_ms": both, "forward_ms": forward, "backward_ms": backward}
     return {
-        "suite": "step",
-        "case": "training step",
-        "op": "step",
-        "contender": part.name,
-        "median_ms": in_step * statistics.median(both),
-        "quartiles_ms": [in_step * low, in_step * high],
-        "forward_ms": in_step * statistics.median(forward),
-        "backward_ms": in_step * statistics.median(backward),
-        "times": part.times,
-        "turns": repeats,
-    }
+        "suite": "step", "case": "training step", "op": "step", "contender": part.name,
+        **{name: in_step * statistics.median(seconds) for name, seconds in times.items()},
+        "quartiles_ms": [in_step * low, in_step * high], "times": part.times, "turns": repeats,
+    }  # fmt: skip
 
 
 def _once(part: Part, device: torch.device, clock: str) -> tuple[float, float]:
-    start = _now(device, clock)
+    def now() -> float:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return CLOCKS[clock]()
+
+    start = now()
     outputs = part.forward()
-    middle = _now(device, clock)
+    middle = now()
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    return middle - start, _now(device, clock) - middle
-
-
-def _now(device: torch.device, clock: str) -> float:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-    return CLOCKS[clock]()
+    return middle - start, now() - middle
 
 
 def budget(sizes: Sizes, device: torch.device, backend: str, repeats: int, clock: str) -> list[dict[str, Any]]:

@@ -14,16 +14,14 @@ from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, Work
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")
-# Goals: vector operations a round and item; cycles a round that a schedule needs at least, for one item alone, and for
-# each of two at once.
+# Goals: vector operations an iteration and element; cycles an iteration that a schedule needs at least, for one element
+# alone, and for each of two at once.
 MOST_OPERATIONS, MOST_CYCLES, MOST_CYCLES_OF_TWO = 100, 250, 110
 
 
 @pytest.fixture(scope="module")
 def lavcap():
-    return model_table.Solver(
-        model_table.count_solver("sinkhorn", 64, 20, 2), model_table.count_solver("sinkhorn", 64, 20)
-    )
+    return model_table.Solver(*(model_table.count_solver("sinkhorn", 64, 20, at_once) for at_once in (2, 1)))
 
 
 def without_error(row: str) -> list[str]:
@@ -40,10 +38,10 @@ class TestArithmetic:
 
     def test_rounds(self):
         four, eight = Work(100, 10, 200, 30, 500, 900), Work(140, 14, 360, 30, 900, 1700)
-        a_round = model.per_round(four, eight, 4)
-        assert a_round == Work(10, 1, 40, 0, 100, 200)
-        assert model.with_rounds(eight, 8, a_round, 4) == four
-        assert model.with_rounds(eight, 8, a_round, 50).vector == 360 + 42 * 40
+        iteration = model.per_round(four, eight, 4)
+        assert iteration == Work(10, 1, 40, 0, 100, 200)
+        assert model.with_rounds(eight, 8, iteration, 4) == four
+        assert model.with_rounds(eight, 8, iteration, 50).vector == 360 + 42 * 40
 
     def test_members_take_turns(self):
         assert [model.turns(B, GAUDI2) for B in (1, 24, 25, 64, 256)] == [1, 1, 2, 3, 11]
@@ -79,19 +77,19 @@ class TestArithmetic:
 
 @needs_compiler
 class TestGoals:
-    def test_operations_of_a_round(self, lavcap):
-        assert 60 < lavcap.one.a_round.vector <= MOST_OPERATIONS
-        assert 60 < lavcap.two.a_round.vector / 2 <= MOST_OPERATIONS
+    def test_operations_of_an_iteration(self, lavcap):
+        assert 60 < lavcap.one.iteration.vector <= MOST_OPERATIONS
+        assert 60 < lavcap.two.iteration.vector / 2 <= MOST_OPERATIONS
 
-    def test_cycles_of_a_round(self, lavcap):
+    def test_cycles_of_an_iteration(self, lavcap):
         """No schedule is shorter; what a compiler makes of it is not known here."""
-        assert lavcap.one.a_round.bound <= MOST_CYCLES
-        assert lavcap.two.a_round.bound / 2 <= MOST_CYCLES_OF_TWO
+        assert lavcap.one.iteration.bound <= MOST_CYCLES
+        assert lavcap.two.iteration.bound / 2 <= MOST_CYCLES_OF_TWO
 
-    def test_two_items_fill_the_slots_that_one_leaves_empty(self, lavcap):
-        assert lavcap.two.a_round.issue_share > 1.5 * lavcap.one.a_round.issue_share
+    def test_two_elements_fill_the_slots_that_one_leaves_empty(self, lavcap):
+        assert lavcap.two.iteration.issue_share > 1.5 * lavcap.one.iteration.issue_share
 
-    def test_a_core_takes_its_items_by_twos(self, lavcap):
+    def test_a_core_takes_its_elements_by_twos(self, lavcap):
         one, two = (of.member.bound / (1e3 * GAUDI2.clock_ghz) for of in (lavcap.one, lavcap.two))
         for B, expected in ((24, one), (48, two), (64, two + one), (256, 5 * two + one)):
             assert lavcap.microseconds(B, GAUDI2)[0] == pytest.approx(expected)

@@ -14,17 +14,19 @@ import argparse
 import itertools
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 import otfuse
+from benchmarks.answers import with_gradient
 from benchmarks.compiler import table as resources
 from benchmarks.compiler.launches import Resources, Row
 from benchmarks.compiler.table import compiling, try_row
+from benchmarks.contenders import Contender
+from benchmarks.measuring import device_seconds
 from benchmarks.results import ROOT
 from otfuse._backends.triton import configurations
 from otfuse.testing import clustered_tokens
@@ -143,30 +145,32 @@ def tune_ahead(tasks: list[Task], table: dict[str, Any], processes: int) -> None
                 write(table)
 
 
-def cost_measured(kernel: str, dtype: str, size: int) -> list[float]:
-    """Milliseconds of each candidate on this GPU; infinite where it does not run, or is wrong."""
-    N, M = REPRESENTATIVE[size]
-    tokens = clustered_tokens(BATCH, N, M, D, dtype=getattr(torch, dtype), device="cuda")
-    x, y = (t.requires_grad_(kernel == "backward") for t in tokens)
-    expected = _results(kernel, x, y, "torch")
-    target = configurations.target_of(x.device)
-    costs = []
+def milliseconds_of_each(kernel: str, dtype: str, size: int) -> list[float]:
+    """Of the candidates, on this GPU; infinite where one does not run, or is wrong.
+
+    A backward is timed with its forward, whose configuration stays the same meanwhile.
+    """
+    x, y = clustered_tokens(BATCH, *REPRESENTATIVE[size], D, dtype=getattr(torch, dtype), device="cuda")
+    inputs = (x, y) if kernel == "forward" else (x, y, torch.ones_like(x), torch.ones_like(y))
+
+    def call(backend: str) -> Callable[..., Sequence[torch.Tensor]]:
+        def attend(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out = otfuse.sinkhorn_attend(x, y, 0.1, num_iters=20, backend=backend)
+            return out.x, out.y
+
+        return attend if kernel == "forward" else with_gradient(attend)
+
+    expected, ours, costs = call("torch")(*inputs), call("triton"), []
     for candidate in candidates(dtype, size):
-        _use(kernel, dtype, size, target, candidate)
+        _use(kernel, dtype, size, configurations.target_of(x.device), candidate)
         try:
-            for found, wanted in zip(_results(kernel, x, y, "triton"), expected):
-                torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
-            costs.append(_milliseconds(lambda: _results(kernel, x, y, "triton")))
+            for found, right in zip(ours(*inputs), expected):
+                torch.testing.assert_close(found, right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
+            costs.append(1e3 * device_seconds(Contender("", ours), inputs, 2 * sum(t.nbytes for t in inputs)))
         except Exception as error:  # out of resources, or wrong: no candidate either way
             print(f"{kernel} {dtype} {size} {candidate}: {str(error).splitlines()[0]}")
             costs.append(float("inf"))
     return costs
-
-
-def _results(kernel: str, x: torch.Tensor, y: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
-    """Backward is timed with its forward, whose configuration stays the same meanwhile."""
-    out = otfuse.sinkhorn_attend(x, y, 0.1, num_iters=20, backend=backend)
-    return (out.x, out.y) if kernel == "forward" else torch.autograd.grad((out.x.sum() + out.y.sum()), (x, y))
 
 
 def _use(kernel: str, dtype: str, size: int, target: str, candidate: Configuration) -> None:
@@ -177,26 +181,6 @@ def _use(kernel: str, dtype: str, size: int, target: str, candidate: Configurati
     configurations._configuration.cache_clear()
 
 
-def _milliseconds(call: Callable[[], Any]) -> float:
-    """Median of replays of a CUDA graph, so that nothing of the host is in it."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
-
-
 def write(table: dict[str, Any]) -> None:
     """As JSON, with what belongs to one dtype on one line."""
     text = json.dumps(table, indent=2)
@@ -205,11 +189,11 @@ def write(table: dict[str, Any]) -> None:
     CONFIGURATIONS.write_text(text + "\n")
 
 
-def tune_measured(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
+def tune_by_time(wanted: list[tuple[str, str, int]], table: dict[str, Any]) -> None:
     """The fastest becomes an override for this GPU; of tiles that have their own, the one that was timed."""
     target = configurations.target_of(torch.device("cuda"))
     for kernel, dtype, size in wanted:
-        costs = cost_measured(kernel, dtype, size)
+        costs = milliseconds_of_each(kernel, dtype, size)
         best = min(range(len(costs)), key=costs.__getitem__)
         chosen = candidates(dtype, size)[best]
         print(f"{kernel} {dtype} {size}: {chosen}, {costs[best]:g} ms", flush=True)
@@ -236,7 +220,7 @@ def main() -> None:
         for size in configurations.CLASSES[kernel][dtype]
         if only <= {kernel, dtype, str(size)}
     ]
-    tune_measured(wanted, table)
+    tune_by_time(wanted, table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Every kernel is run in the emulator and held against the float64 specification before its count is used.
 
-Letters: B items, N rows, M columns, D features, T rounds.
+Letters: B elements, N rows, M columns, D features, T iterations.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from otfuse.kernels.tpc import model
 from otfuse.kernels.tpc.model import GAUDI2, GAUDI3, LAUNCHES_US, MACHINES, Machine, Work
 from otfuse.testing import clustered_tokens
 
-ROUNDS = 50
-COUNTED = (4, 8)  # rounds of the two runs whose difference is a round's
+ITERATIONS = 50
+COUNTED = (4, 8)  # iterations of the two runs whose difference is an iteration's
 EPSILON = 0.1
 MOST_ERROR = 1e-5  # of what is counted
 SIZES = ((64, 20), (256, 20), (128, 128), (64, 256), (20, 20), (8, 8), (4, 4))
 LAVCAP = (4, 32, 64, 256)
-LANES = 64  # items of a member of ``small``
+LANES = 64  # elements of a member of ``small``
 
 
 class Counted(NamedTuple):
@@ -40,10 +40,10 @@ class Counted(NamedTuple):
     kernel: str
     N: int
     M: int
-    items: int  # on a core at once: one, two whose rounds are interleaved, or a lane each
+    elements: int  # on a core at once: one, two whose iterations are interleaved, or a lane each
     error: float  # largest difference from float64, over the largest entry of the answer
-    a_round: Work
-    member: Work  # at ROUNDS
+    iteration: Work
+    member: Work  # at ITERATIONS
 
 
 def cosines(B: int, N: int, M: int) -> Tensor:
@@ -80,15 +80,15 @@ def inputs(B: int, N: int, M: int) -> Inputs:
     return Inputs(cosines(B, N, M), torch.full((B, N), 1 / N), torch.full((B, M), 1 / M))
 
 
-def solved_right(given: Inputs, rounds: int) -> Tensor:
+def solved_right(given: Inputs, iterations: int) -> Tensor:
     """The plan [B, N, M] of the specification, in float64."""
     values, a, b = (tensor.double() for tensor in given)
-    return plain.specification(values, a, b, SolveOptions(EPSILON, rounds)).plan
+    return plain.specification(values, a, b, SolveOptions(EPSILON, iterations)).plan
 
 
-def gradient_right(given: Inputs, grad_plan: Tensor, rounds: int) -> Tensor:
+def gradient_right(given: Inputs, grad_plan: Tensor, iterations: int) -> Tensor:
     values = given.values.double().requires_grad_()
-    plan = plain.specification(values, given.a.double(), given.b.double(), SolveOptions(EPSILON, rounds)).plan
+    plan = plain.specification(values, given.a.double(), given.b.double(), SolveOptions(EPSILON, iterations)).plan
     return torch.autograd.grad(plan, values, grad_plan.double())[0]
 
 
@@ -96,49 +96,49 @@ def relative(answer: Tensor, right: Tensor) -> float:
     return ((answer.double() - right).abs().max() / right.abs().max()).item()
 
 
-def count_solver(kernel: str, N: int, M: int, items: int = 1) -> Counted:
-    """``sinkhorn`` and ``sinkhorn_history`` for one item or two on a core, ``small`` for a member's."""
-    given = inputs(items, N, M)
+def count_solver(kernel: str, N: int, M: int, elements: int = 1) -> Counted:
+    """``sinkhorn`` and ``sinkhorn_history`` for one element or two on a core, ``small`` for a member's."""
+    given = inputs(elements, N, M)
     tensors = given.lanes() if kernel == "small" else given.solver()
     works, error = [], 0.0
-    for rounds in COUNTED:
-        scalars = [1 / EPSILON, rounds, -1.0]
-        scalars += {"small": [0], "sinkhorn_history": [rounds]}.get(kernel, [])
+    for iterations in COUNTED:
+        scalars = [1 / EPSILON, iterations, -1.0]
+        scalars += {"small": [0], "sinkhorn_history": [iterations]}.get(kernel, [])
         outputs, work = launch(kernel, tensors, scalars)
         plan = outputs[0].permute(2, 0, 1) if kernel == "small" else outputs[0].mT
-        error = max(error, relative(plan, solved_right(given, rounds)))
+        error = max(error, relative(plan, solved_right(given, iterations)))
         works.append(work)
-    return counted(kernel, N, M, items, error, works)
+    return counted(kernel, N, M, elements, error, works)
 
 
 def count_unroll(N: int, M: int) -> Counted:
     """``unroll``, where one slice does all columns."""
     given = inputs(1, N, M)
     works, error = [], 0.0
-    for rounds in COUNTED:
-        options = [1 / EPSILON, rounds, -1.0, rounds]
+    for iterations in COUNTED:
+        options = [1 / EPSILON, iterations, -1.0, iterations]
         *_, report, history = launch("sinkhorn_history", given.solver(), options)[0]
         grad_plan = torch.randn(1, N, M, generator=torch.Generator().manual_seed(0))
         grads = (grad_plan.mT.contiguous(), torch.zeros(1, N), torch.zeros(1, M))
         tensors = (*given.solver(), report, history, *grads)
         outputs, work = launch("unroll", tensors, [1 / EPSILON, tpc_ops.unroll_slice(N, M)])
-        error = max(error, relative(outputs[0].mT, gradient_right(given, grad_plan, rounds)))
+        error = max(error, relative(outputs[0].mT, gradient_right(given, grad_plan, iterations)))
         works.append(work)
     return counted("unroll", N, M, 1, error, works)
 
 
-def counted(kernel: str, N: int, M: int, items: int, error: float, works: Sequence[Work]) -> Counted:
+def counted(kernel: str, N: int, M: int, elements: int, error: float, works: Sequence[Work]) -> Counted:
     assert error < MOST_ERROR, f"{kernel} {N}x{M}: wrong by {error:.1e}, so it is not counted"
     fewer, more = COUNTED
-    a_round = model.per_round(*works, more - fewer)
-    return Counted(kernel, N, M, items, error, a_round, model.with_rounds(works[1], more, a_round, ROUNDS))
+    iteration = model.per_round(*works, more - fewer)
+    return Counted(kernel, N, M, elements, error, iteration, model.with_rounds(works[1], more, iteration, ITERATIONS))
 
 
 def all_counts() -> list[Counted]:
     found = [count_solver("sinkhorn", 64, 20, 2)]
     found += [count_solver("sinkhorn", N, M) for N, M in SIZES]
     found += [count_solver("small", N, M, LANES) for N, M in SIZES if max(N, M) <= 8]
-    found += [count_solver("sinkhorn_history", 64, 20, items) for items in (2, 1)]
+    found += [count_solver("sinkhorn_history", 64, 20, elements) for elements in (2, 1)]
     found += [count_unroll(64, 20), count_unroll(20, 20)]
     return found
 
@@ -149,17 +149,18 @@ def row_of(cells: Sequence[object]) -> str:
 
 def counts_table(rows: Sequence[Counted]) -> str:
     lines = [
-        "| kernel | N × M | items at once | error | vector operations a round and item | cycles a round: fullest slot "
-        "| longest chain | in order | least, an item | share of the issue bound | µs for them, least – in order |",
+        "| kernel | N × M | elements at once | error | vector operations an iteration and element "
+        "| cycles an iteration: fullest slot | longest chain | in order | least, an element | share of the issue bound "
+        "| µs for them, least – in order |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        a_round, member = row.a_round, row.member
+        iteration, member = row.iteration, row.member
         times = (model.microseconds(cycles, 1, GAUDI2) for cycles in (member.bound, member.ordered))
         cells = [
-            f"`{row.kernel}`", f"{row.N} × {row.M}", row.items, f"{row.error:.1e}",
-            f"{a_round.vector / row.items:.1f}", f"{a_round.slots:.0f}", f"{a_round.chain:.0f}",
-            f"{a_round.ordered:.0f}", f"{a_round.bound / row.items:.1f}", f"{a_round.issue_share:.2f}",
+            f"`{row.kernel}`", f"{row.N} × {row.M}", row.elements, f"{row.error:.1e}",
+            f"{iteration.vector / row.elements:.1f}", f"{iteration.slots:.0f}", f"{iteration.chain:.0f}",
+            f"{iteration.ordered:.0f}", f"{iteration.bound / row.elements:.1f}", f"{iteration.issue_share:.2f}",
             " – ".join(f"{time:.1f}" for time in times),
         ]  # fmt: skip
         lines.append(row_of(cells))
@@ -167,13 +168,13 @@ def counts_table(rows: Sequence[Counted]) -> str:
 
 
 class Solver(NamedTuple):
-    """``sinkhorn`` at one size: two items at once on a core, and one alone."""
+    """``sinkhorn`` at one size: two elements at once on a core, and one alone."""
 
     two: Counted
     one: Counted
 
     def microseconds(self, B: int, machine: Machine) -> tuple[float, float]:
-        """Of the core that has the most items, all of them as one box: least, and in order."""
+        """Of the core that has the most elements, all of them as one box: least, and in order."""
         pairs, rest = divmod(model.turns(B, machine), 2)
         work = Work(*[0] * 6).plus(self.two.member, pairs).plus(self.one.member, rest)
         bound = pairs * self.two.member.bound + rest * self.one.member.bound
@@ -183,7 +184,7 @@ class Solver(NamedTuple):
 def batches_table(solver: Solver) -> str:
     """`lavcap` on both machines."""
     lines = [
-        "| machine | B | items a core | µs, least – in order | at 1.65 – 2.0 GHz | HBM traffic, MB | its µs |",
+        "| machine | B | elements a core | µs, least – in order | at 1.65 – 2.0 GHz | HBM traffic, MB | its µs |",
         "|---|---|---|---|---|---|---|",
     ]
     for machine in MACHINES:
@@ -207,7 +208,7 @@ def formulations_table(solver: Solver) -> str:
         "|---|---|---|---|" + "---|" * len(LAUNCHES_US),
     ]
     for B in LAVCAP:
-        for of in model.formulations(B, solver.one.N, solver.one.M, ROUNDS):
+        for of in model.formulations(B, solver.one.N, solver.one.M, ITERATIONS):
             work = solver.microseconds(B, GAUDI2)[1] if of.name == "ours" else 0.0
             times = [model.formulation_us(of, cost, GAUDI2, work) for cost in LAUNCHES_US]
             lines.append(row_of([B, of.name, of.launches, f"{of.bytes / 1e6:.2f}", *(f"{t:.0f}" for t in times)]))
@@ -237,18 +238,18 @@ def page(rows: Sequence[Counted]) -> str:
     return f"""# The Gaudi kernels, modelled
 
 **Modelled, not measured: no kernel has run on a Gaudi.** Operations and latencies are counted in the host emulator, on
-{datetime.date.today()}, float32, {ROUNDS} rounds (a round is the difference of runs of {COUNTED[0]} and {COUNTED[1]}),
-epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model
-and its assumptions: `kernels/tpc/model`. {machines}.
+{datetime.date.today()}, float32, {ITERATIONS} iterations (one is the difference of {COUNTED[0]} and {COUNTED[1]}),
+epsilon {EPSILON}, clustered tokens, no tolerance. Written by `benchmarks/gaudi/model_table.py`; the model and its
+assumptions: `kernels/tpc/model`. {machines}.
 Clocks follow from published TFLOPS. Launch costs are not published: a parameter.
 
 ## What the kernels issue
 
 Errors are the largest difference from the float64 specification over the largest entry, of the plan (at most
-{COUNTED[1]} rounds), or of the gradient. Least: the fullest slot or the longest chain, whichever is longer; in order:
+{COUNTED[1]} iterations), or of the gradient. Least: the longer of the fullest slot and the longest chain; in order:
 the source's operations, none moved forward. Gaudi 2. No TPC compiler has seen these sources: bundles are owed. (Earlier
-trials of 64 × 20 by HabanaAI/tpc_llvm, LLVM 12, -O2 -march=gaudi2, had 275 bundles a round for one item, 205 an item
-for two interleaved, 160 for four side by side.)
+trials of 64 × 20 by HabanaAI/tpc_llvm, LLVM 12, -O2 -march=gaudi2, had 275 bundles an iteration for one element,
+205 each for two interleaved, 160 for four side by side.)
 
 {counts_table(rows)}
 
@@ -265,7 +266,7 @@ nothing but launches and traffic on the die cost time: their matrix-vector produ
 
 ## Taking the matrix products into the kernel, Gaudi 2
 
-Three launches less, against {model.attend_cycles(64, 20, 1):.0f} cycles for each feature of an item.
+Three launches less, against {model.attend_cycles(64, 20, 1):.0f} cycles for each feature of an element.
 
 {fused_table(64, 20)}
 """

@@ -29,27 +29,23 @@ from benchmarks.contenders import Contender
 from benchmarks.measuring import device_seconds
 from benchmarks.results import ROOT, conditions
 
-CALLS, TURNS = (
-    100,
-    10,
-)  # calls between two waits: few enough for the device's queue, so that the host never waits for it
+# Calls between two waits: few enough for the device's queue, so that the host never waits for it.
+CALLS, TURNS = 100, 10
 METRICS = (
-    "gpu__time_duration.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-    "launch__shared_mem_per_block",
-    "launch__grid_size",
-    "smsp__inst_executed.sum",
+    "gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread", "launch__shared_mem_per_block", "launch__grid_size", "smsp__inst_executed.sum",
     "smsp__sass_inst_executed_op_local.sum",
-)
-NCU_PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
-NSYS_PLACES = ("/usr/local/cuda*/bin/nsys", "/opt/nvidia/nsight-systems/*/bin/nsys")
+)  # fmt: skip
+NCU_OPTIONS = "--clock-control none -k regex:_attend|_similarity --launch-skip 4 --launch-count 2 --metrics"
+INSTALLED = {  # where NVIDIA's installers put a program
+    "ncu": ("usr/local/cuda*/bin/ncu", "opt/nvidia/nsight-compute/*/ncu"),
+    "nsys": ("usr/local/cuda*/bin/nsys", "opt/nvidia/nsight-systems/*/bin/nsys"),
+}
 PATIENCE = 40  # seconds for a profiler of NVIDIA's
 
 
-def bound(workload: Workload, device: torch.device) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+def call_of(workload: Workload, device: torch.device) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
     """The call that is profiled, and its inputs."""
     attend = ours(workload, "triton")
     return attend if workload.grad is None else with_gradient(attend), inputs_of(workload, device)
@@ -64,15 +60,14 @@ def launches(call: Callable[[], Any]) -> dict[str, Any]:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    names = sorted({event.name for event in events})
-    times = {name: [event.time_range.elapsed_us() for event in events if event.name == name] for name in names}
-    return {
-        "launches_per_call": len(events) / calls,
-        "kernels": {
-            name: {"per_call": len(us) / calls, "median_us": statistics.median(us)} for name, us in times.items()
-        },
+    times: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    kernels = {
+        name: {"per_call": len(us) / calls, "median_us": statistics.median(us)} for name, us in sorted(times.items())
     }
+    return {"launches_per_call": sum(map(len, times.values())) / calls, "kernels": kernels}
 
 
 def host_time(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
@@ -114,109 +109,81 @@ def timed_launcher(spent: list[float]) -> Iterator[None]:
         CompiledKernel.__getitem__ = original
 
 
-def microseconds(workload: Workload, device: torch.device) -> float:
-    """A call on the device's clock, replayed."""
-    call, inputs = bound(workload, device)
-    return device_seconds(Contender("ours", call), inputs, workload.traffic) * 1e6
-
-
 def parts(workload: Workload, device: torch.device) -> dict[str, float]:
     """What an iteration costs and what 64 features cost, as differences between sizes; the rest is neither.
 
-    With fewer features an item may be spread over fewer programs, so their share is a rough one.
+    With fewer features an element may be spread over fewer programs, so their share is a rough one.
     """
-    case = workload.case
-    all_us = microseconds(workload, device)
-    one_iteration = microseconds(replace(workload, case=replace(case, T=1)), device)
-    few_features = microseconds(replace(workload, case=replace(case, D=64)), device)
+
+    def microseconds(**changes: int) -> float:
+        changed = replace(workload, case=replace(workload.case, **changes))
+        call, inputs = call_of(changed, device)
+        return device_seconds(Contender("ours", call), inputs, changed.traffic) * 1e6
+
+    case, whole, one_iteration, few_features = workload.case, microseconds(), microseconds(T=1), microseconds(D=64)
     return {
-        "call_us": all_us,
+        "call_us": whole,
         "one_iteration_us": one_iteration,
         "few_features_us": few_features,
-        "us_per_iteration": (all_us - one_iteration) / max(1, case.T - 1),
-        "us_per_64_features": (all_us - few_features) / max(1, case.D / 64 - 1),
+        "us_per_iteration": (whole - one_iteration) / max(1, case.T - 1),
+        "us_per_64_features": (whole - few_features) / max(1, case.D / 64 - 1),
     }
 
 
 def profiled(workload: Workload, device: torch.device) -> dict[str, Any]:
-    call, inputs = bound(workload, device)
+    call, inputs = call_of(workload, device)
     facts = workload.facts | {"case": str(workload), "host": host_time(lambda: call(*inputs), device)}
     if device.type == "cpu":
         return facts  # the interpreter has no launches to count, and its time says nothing
     return facts | launches(lambda: call(*inputs)) | {"device": parts(workload, device)}
 
 
-def too_many_launches(results: list[dict[str, Any]]) -> list[str]:
-    """Forwards that are not one launch or two."""
-    counts = {
-        one["case"]: one["launches_per_call"] for one in results if not one["grad"] and "launches_per_call" in one
-    }
-    return [f"{case}: {count:g} launches, not one or two" for case, count in counts.items() if count not in (1, 2)]
-
-
 def line(facts: dict[str, Any]) -> str:
-    host = facts["host"]
+    host, device = facts["host"], facts.get("device")
     text = f"{facts['case']}: host {host['total_us']:.0f} us ({host['triton_launcher_us']:.0f} in Triton's launcher)"
-    if "device" not in facts:
+    if device is None:
         return text
-    device = facts["device"]
     return (
         f"{text}; {facts['launches_per_call']:g} launches, device {device['call_us']:.1f} us: "
         f"{device['us_per_iteration']:.3f} an iteration, {device['us_per_64_features']:.2f} for 64 features"
     )
 
 
-def found(name: str, places: tuple[str, ...]) -> str | None:
-    """A program on the path or where NVIDIA's installers put it."""
-    candidates = (path for place in places for path in sorted(Path("/").glob(place.lstrip("/")), reverse=True))
+def external() -> dict[str, str]:
+    """What ncu and nsys say of forward and backward of the main size; or why they say nothing."""
+    once, said = [sys.executable, "-m", "benchmarks.gpu.profile", "--once"], dict.fromkeys(INSTALLED, "not found")
+    if ncu := found("ncu"):
+        said["ncu"] = output([ncu, *NCU_OPTIONS.split(), ",".join(METRICS), *once])
+    if nsys := found("nsys"):
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/otfuse.nsys-rep"
+            output([nsys, "profile", "--trace=cuda", "--output", file, *once])
+            said["nsys"] = output([nsys, "stats", "--report", "cuda_gpu_kern_sum", file])
+    return said
+
+
+def found(name: str) -> str | None:
+    candidates = (path for place in INSTALLED[name] for path in sorted(Path("/").glob(place), reverse=True))
     return shutil.which(name) or next(map(str, candidates), None)
 
 
-def external() -> dict[str, str]:
-    """What ncu and nsys say of forward and backward of the main size; or why they say nothing."""
-    this = [sys.executable, "-m", "benchmarks.gpu.profile", "--once"]
-    ncu, nsys = found("ncu", NCU_PLACES), found("nsys", NSYS_PLACES)
-    options = [
-        "--clock-control",
-        "none",
-        "-k",
-        "regex:_attend|_similarity",
-        "--launch-skip",
-        "4",
-        "--launch-count",
-        "2",
-    ]
-    return {
-        "ncu": said([ncu, *options, "--metrics", ",".join(METRICS), *this]) if ncu else "not found",
-        "nsys": said([nsys, "stats", "--report", "cuda_gpu_kern_sum", *trace(nsys, this)]) if nsys else "not found",
-    }
-
-
-def trace(nsys: str, command: list[str]) -> list[str]:
-    """Record the command; the file to make a summary of."""
-    file = Path(tempfile.mkdtemp()) / "otfuse.nsys-rep"
-    said([nsys, "profile", "--trace=cuda", "--output", str(file), *command])
-    return [str(file)]
-
-
-def said(command: list[str]) -> str:
+def output(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return f"took more than {PATIENCE} s"
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return "\n".join(lines[-60:])
+    return "\n".join([line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-60:])
 
 
-def once() -> None:
-    """A few forwards and backwards of the main size, for a profiler to watch."""
-    call, inputs = bound(Workload(CUDA_CASES[0], torch.bfloat16, "unroll"), torch.device("cuda"))
+def call_main_size() -> None:
+    """A few forwards and backwards, for a profiler to watch."""
+    call, inputs = call_of(Workload(CUDA_CASES[0], torch.bfloat16, "unroll"), torch.device("cuda"))
     for _ in range(5):
         call(*inputs)
     torch.cuda.synchronize()
 
 
-def chosen(device: torch.device, quick: bool) -> list[Workload]:
+def workloads(device: torch.device, quick: bool) -> list[Workload]:
     """In the order of importance."""
     if device.type == "cpu":
         cases = [(TINY, None), (TINY, "unroll")]
@@ -236,24 +203,25 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="only run a few calls, for a profiler to watch")
     options = parser.parse_args()
     if options.once:
-        return once()
+        return call_main_size()
     device = torch.device(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"conditions": conditions(device), "sizes": []}
-    for workload in chosen(device, options.quick):
+
+    def write() -> None:
+        (options.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    for workload in workloads(device, options.quick):
         result["sizes"].append(profiled(workload, device))
         print(line(result["sizes"][-1]), flush=True)
-        write(result, options.out)
+        write()
     if device.type == "cuda" and not options.quick:
         result |= external()
         print(result["ncu"], result["nsys"], sep="\n")
-        write(result, options.out)
-    if wrong := too_many_launches(result["sizes"]):
-        sys.exit("\n".join(wrong))
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+        write()
+    forwards = [one for one in result["sizes"] if not one["grad"] and "launches_per_call" in one]
+    if many := [one for one in forwards if one["launches_per_call"] not in (1, 2)]:
+        sys.exit("\n".join(f"{one['case']}: {one['launches_per_call']:g} launches, not one or two" for one in many))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 import otfuse
-from otfuse._backends.torch.backend import TorchBackend
+from otfuse._backends.select import BACKENDS
 from otfuse._backends.triton import loss as triton_loss
-from otfuse._backends.triton.backend import TritonBackend
 from otfuse._problem import LossProblem
 from otfuse.testing import clustered_tokens
 
@@ -98,14 +97,11 @@ def attend_packed(shape: Shape, x: Tensor, y: Tensor, backend: str) -> tuple[Ten
 def align(shape: Shape, plan: Tensor, similarity: Tensor, backend: str) -> tuple[Tensor, ...]:
     """Of the loss, what each token adds to it; another kind for each gradient mode."""
     *_, grad, _, _, padded, _ = shape
-    kinds = {
-        "unroll": ("log_plan", "similarity"),
-        "implicit": ("barycentric", "assignment"),
-        "detach": ("plan", "assignment"),
-    }[grad]
-    problem = LossProblem(plan, similarity, mask(plan) if padded else None, None, 0.5, *kinds, True)
-    chosen = TritonBackend() if backend == "triton" else TorchBackend()
-    return chosen.token_terms(problem)[:1]
+    kinds = {"unroll": ("log_plan", "similarity"), "implicit": ("barycentric", "assignment"),
+             "detach": ("plan", "assignment")}  # fmt: skip
+    problem = LossProblem(plan, similarity, mask(plan) if padded else None, None, 0.5, *kinds[grad], True)
+    (named,) = (of for of in BACKENDS if of.name == backend)  # on a CPU too, in the interpreter
+    return named.token_terms(problem)[:1]
 
 
 def mask(values: Tensor) -> Tensor:
