@@ -11,7 +11,7 @@ MINUTES ?= 15
 BENCH ?=
 export MPLBACKEND := Agg
 
-.PHONY: demo test test-cpus compiler java chromium check bench report resources docs wheel clean
+.PHONY: demo test test-cpus mutants compiler java chromium check bench report resources docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m otfuse demo --out demo-out
@@ -24,6 +24,10 @@ test-cpus: .venv/dev compiler
 	for setting in ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE; do echo $$setting; env $$setting \
 		$(BIN)/python -m pytest -q tests/test_testing.py tests/test_memory.py tests/test_tpc_model.py tests/test_tpc_kernels.py \
 		-k "not test_sinkhorn_is_as_accurate" || exit 1; done
+
+# Faults put into the code, one at a time: which of them the tests notice (an hour).
+mutants: .venv/dev compiler
+	$(BIN)/python tests/mutants.py
 
 # The kernels for Gaudi run in an emulator in C++; METEOR and the tokeniser of captions (examples/lavcap) are Java programs;
 # its pages are tested in a browser.

@@ -8,7 +8,7 @@ from otfuse._backends.triton.launch import INTERPRETED
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from otfuse.kernels.triton.rounds import column_sums, crossed, tile_product  # noqa: E402
+from otfuse.kernels.triton.rounds import apart, column_sums, crossed, tile_product  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 
@@ -39,3 +39,34 @@ def test_column_sums_of_products(N, M, warps):
         out = torch.empty(M)
         sums_kernel[(1,)](x, y, out, used, N, M, 16)
         assert torch.equal(out, (x @ y.T).sum(0))
+
+
+@triton.jit
+def apart_kernel(numbers_ptr, exponents_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    number, exponent = apart(tl.load(numbers_ptr + at), tl.load(exponents_ptr + at))
+    tl.store(out_ptr + at, number)
+    tl.store(exponents_ptr + at, exponent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_apart(dtype):
+    """Exactly, beside every power of two and for numbers that are not normal; and again they stay as they are."""
+    limits = torch.finfo(dtype)
+    most = 126 if dtype == torch.float32 else 1022
+    powers = 2.0 ** torch.tensor([-most, -100, -24, -1, 0, 1, 24, 100, most], dtype=dtype)
+    ends = torch.tensor(
+        [0.0, limits.max, limits.tiny / 8, limits.tiny * (1 - limits.eps), 3.0, -0.3, -5e-30], dtype=dtype
+    )
+    numbers = torch.cat([powers, powers * (1 + limits.eps), powers[1:] * (1 - limits.eps / 2), -powers, ends])
+    numbers = torch.nn.functional.pad(numbers, (0, 64 - len(numbers)))
+    parts, exponents = torch.empty_like(numbers), torch.full_like(numbers, 7)
+    apart_kernel[(1,)](numbers, exponents, parts, 64)
+    live = numbers.abs() >= limits.tiny
+    assert ((parts.abs() >= 1) & (parts.abs() < 2))[live & (numbers.abs() < 2.0**most)].all()
+    assert (parts.abs() < 4).all() and (parts.abs() < 1)[~live].all() and (exponents == 7)[numbers == 0].all()
+    assert torch.equal(torch.ldexp(parts.double(), (exponents - 7).double()), numbers.double())
+    normal = live & (parts.abs() < 2) | (numbers == 0)
+    again, moved = torch.empty_like(numbers), exponents.clone()
+    apart_kernel[(1,)](parts, moved, again, 64)
+    assert torch.equal(again[normal], parts[normal]) and torch.equal(moved[normal], exponents[normal])
