@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Container
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ class Backend:
 
     name: str
     device: str | None = None  # the type of device it runs on; None is any
-    options: Container[str] = ("epsilon", "num_iters", "tol", "grad")  # of SolveOptions, those it knows
+    options: Collection[str] = ("epsilon", "num_iters", "tol", "grad")  # of SolveOptions, those it knows
 
     def unavailable(self) -> list[str]:
         """Reasons why this backend cannot run here, whatever the problem; empty when it can."""
@@ -66,7 +66,8 @@ class Backend:
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run this problem; looks at device, dtype and shape only."""
-        return self._elsewhere(problem.values) + self._unknown(problem)
+        reasons = self._elsewhere(problem.values)
+        return reasons if len(self.options) == len(OPTIONS) else reasons + self._unknown(problem)
 
     def unsupported_loss(self, problem: LossProblem) -> list[str]:
         """The same for a loss."""

@@ -76,7 +76,8 @@ def launch_attend(
         return outputs
     shape = launch_shape(B, (N + M) * D * dtype.itemsize, D, device)
     sizes = blocks("forward", dtype, tile_side(N), tile_side(M), device)
-    form = {"COSINE": cosine, "BARYCENTRIC": barycentric, **_stops(options, history)}
+    keep = history_mode(options.grad, history)
+    form = {"COSINE": cosine, "BARYCENTRIC": barycentric, "STOPS": options.tol > 0, "HISTORY": keep}
     products = {"PRECISION": precision(dtype)}
     made = outputs[3] if similarity else None
     with on(device):
@@ -163,7 +164,8 @@ def launch_sinkhorn(
         launch_sinkhorn_large(cost, a, b, options, history_mode(options.grad, history), held, plan, solution)
         return plan, *solution
     sizes = blocks("forward, cost", _solved_in(cost), tile_side(N), tile_side(M), cost.device)
-    form = {**_NO_TOKENS, **_stops(options, history), "PRECISION": "ieee"}
+    keep = history_mode(options.grad, history)
+    form = {**_NO_TOKENS, "STOPS": options.tol > 0, "HISTORY": keep, "PRECISION": "ieee"}
     with on(cost.device):
         arguments = (
             None, None, cost, a, b, None, None, plan, None, *solution[:4],
@@ -220,10 +222,6 @@ def _kernels() -> Kernels:
     from otfuse.kernels.triton import attend, attend_backward
 
     return Kernels(attend._similarity_kernel, attend._attend_fwd_kernel, attend_backward._attend_bwd_kernel)
-
-
-def _stops(options: LaunchOptions, history: bool) -> dict[str, Any]:
-    return {"STOPS": options.tol > 0, "HISTORY": history_mode(options.grad, history)}
 
 
 def _solved_in(cost: Tensor) -> torch.dtype:
