@@ -33,7 +33,7 @@ def token_terms(
     contrast: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What each token adds to its item's loss [B, N + M], those of x first, and whether an item has mass [B].
+    """What each token adds to the loss [B, N + M], those of x first, and whether a batch element has mass [B].
 
     ``assignment`` and ``contrast`` are places in ASSIGNMENTS and CONTRASTS; with ``mean`` a token adds its share of
     the mean over its side, otherwise its cross-entropy.
@@ -64,7 +64,7 @@ def _side(
     logits = torch.bmm(q, similarity.mT) / temperature  # [B, N, N]: <q_i, s_j>
     if contrast == "assignment":
         logits = logits.mT  # <q_j, s_i>
-    # An item with nothing to keep gets finite logits all the same; its loss is left out later.
+    # A batch element with nothing to keep gets finite logits all the same; its loss is left out later.
     candidates = (keep | ~keep.any(1, keepdim=True))[:, None, :]
     normaliser = torch.logsumexp(torch.where(candidates, logits, -torch.inf), 2)
     return torch.where(keep, normaliser - logits.diagonal(dim1=1, dim2=2), 0)

@@ -20,7 +20,7 @@ from otfuse.kernels.constants import LEAST
 
 
 class Marginals(NamedTuple):
-    """Weights that sum to one per item; zero means padding. An item without mass is zero on both sides."""
+    """Weights that sum to one per batch element; zero means padding. One without mass is zero on both sides."""
 
     a: Tensor  # [B, N]
     b: Tensor  # [B, M]
@@ -56,7 +56,7 @@ def marginals(problem: Problem) -> Marginals:
 
 
 def _normalised(weights: Tensor | None, shape: tuple[int, int], problem: Problem) -> tuple[Tensor, Tensor]:
-    """Weights scaled to sum one, and whether the item has any; zero weights get no gradient."""
+    """Weights scaled to sum one, and whether a batch element has any; zero weights get no gradient."""
     dtype, device = problem.solve_dtype, problem.values.device
     if weights is None:
         return (
@@ -70,9 +70,9 @@ def _normalised(weights: Tensor | None, shape: tuple[int, int], problem: Problem
 
 
 def over_largest(weights: Tensor) -> Tensor:
-    """Weights [B, N] over the largest of their item, in their own precision, those that are not zero at least LEAST.
+    """Weights [B, N] over the largest of the batch element, in their own precision; not zero means at least LEAST.
 
-    So no sum overflows, and no product of a weight's and its inverse. A constant of the item goes out again by the sum:
+    So no sum overflows, and no product of a weight's and its inverse. A constant factor goes out again by the sum:
     it has no gradient, and a weight that is raised has none either.
     """
     weights = solve_precision(weights)

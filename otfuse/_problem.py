@@ -30,8 +30,8 @@ class SinkhornOutput(NamedTuple):
     plan: Tensor  # [B, N, M], dtype of the cost
     f: Tensor  # [B, N], in units of cost, -inf where the weight is zero; float32 at least
     g: Tensor  # [B, M], likewise
-    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last round
-    num_iters: Tensor  # [B], int32, rounds that were run
+    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last iteration
+    num_iters: Tensor  # [B], int32, iterations that were run
 
 
 class SinkhornAttendOutput(NamedTuple):
@@ -42,8 +42,8 @@ class SinkhornAttendOutput(NamedTuple):
     plan: Tensor | None  # [B, N, M], dtype of the tokens; None unless asked for
     f: Tensor  # [B, N], in units of similarity, -inf where the weight is zero; float32 at least
     g: Tensor  # [B, M], likewise
-    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last round
-    num_iters: Tensor  # [B], int32, rounds that were run
+    marginal_error: Tensor  # [B], L1 error of the plan's row sums after the last iteration
+    num_iters: Tensor  # [B], int32, iterations that were run
 
 
 def solve_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,7 +112,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenProblem(Problem):
-    """Items of different lengths: the tokens of all, ``x`` [T_x, D] and ``y`` [T_y, D], one item after the other."""
+    """Batch elements of different lengths, packed: ``x`` [T_x, D] and ``y`` [T_y, D], one after the other."""
 
     cu_seqlens_x: Tensor  # [B+1], int32
     cu_seqlens_y: Tensor  # [B+1]
@@ -121,11 +121,11 @@ class VarlenProblem(Problem):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(B, N, M) of the longest item."""
+        """(B, N, M) of the longest batch element."""
         return len(self.cu_seqlens_x) - 1, self.max_seqlen_x, self.max_seqlen_y
 
-    def of_items(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Problem:
-        """The same of some of its items, padded or of equal lengths: x [B, N, D], y [B, M, D], a [B, N], b [B, M]."""
+    def dense(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Problem:
+        """The same options for a dense batch: x [B, N, D], y [B, M, D], a [B, N], b [B, M]."""
         return Problem(x, y, None, a, b, self.options, self.similarity, self.weights, self.return_plan)
 
 
@@ -254,7 +254,7 @@ def check_tensor(name: str, value: object, shape: str) -> None:
     if value.dim() != dims:
         missing, way_out = dims - value.dim(), ""
         if shape.startswith("[B") and missing == 1:
-            way_out = f"; for a single item pass {name}[None]"
+            way_out = f"; for a single problem pass {name}[None]"
         elif shape.startswith("[B") and missing < 0:
             way_out = f"; for more than one batch dimension pass {name}.flatten(0, {-missing})"
         elif shape.startswith("[T") and missing == -1:
@@ -318,7 +318,7 @@ def check_options(options: SolveOptions, dtype: torch.dtype) -> None:
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1; got {num_iters}")
     if tol is not None:
-        check_positive("tol", tol, " or None (run all rounds)")
+        check_positive("tol", tol, " or None (run all iterations)")
     check_choice("grad", options.grad, GRADS)
 
 

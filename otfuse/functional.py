@@ -42,30 +42,32 @@ def sinkhorn_attend(
 
     With ``S = similarity(x, y)`` the plan maximises ``<plan, S> + epsilon H(plan)`` over all plans whose rows
     sum to ``a`` and whose columns sum to ``b``, found by Sinkhorn-Knopp; then ``x + W y`` and ``y + W' x``.
-    It is solved in float32 at least, whatever the dtype of the tokens and under autocast too.
+    The solve runs in float32 or float64, also for half-precision tokens and under autocast.
 
     Args:
         x: [B, N, D], float64, float32, bfloat16 or float16.
         y: [B, M, D], same dtype and device.
         epsilon: Weight of the entropy, > 0, in units of similarity. Smaller is sharper and converges slower.
-        a: [B, N]: weights >= 0, scaled to sum one per item (a negative one makes its item NaN); or a boolean
+        a: [B, N]: weights >= 0, scaled to sum one per batch element (a negative one makes it NaN); or a boolean
             mask, uniform over True; None is uniform. A token of zero weight is padding: its plan entries are
             exactly zero, it comes back unchanged, and what it holds has no influence.
         b: [B, M], likewise for ``y``.
         similarity: "cosine" or "dot".
-        num_iters: Rounds, rows first, columns last; >= 1.
-        tol: Stop an item once the L1 error of its plan's row sums is below this; None runs all rounds.
+        num_iters: Sinkhorn iterations, >= 1; each scales the rows, then the columns.
+        tol: A batch element stops once the L1 error of its plan's row sums is below this; None runs all
+            iterations.
         weights: "plan": ``W = plan``, ``W' = planᵀ`` (rows sum to ``a``, so for N tokens the attended term is
             about 1/N of a token); "barycentric": rows of W and of W' sum to one, a true attention map.
-        grad: "unroll": exact gradient of the rounds that were run; "implicit": gradient of the converged plan
+        grad: "unroll": exact gradient of the iterations that were run; "implicit": gradient of the converged plan
             (first derivatives; right when ``marginal_error`` is small); "detach": the plan is a constant.
         return_plan: Whether the result holds the plan.
         backend: "auto", or the name of a backend, which then runs or raises.
 
     Returns:
         :class:`SinkhornAttendOutput`: x [B, N, D], y [B, M, D] and plan [B, N, M] (or None) in the dtype of the
-        tokens; f [B, N], g [B, M], marginal_error [B] in the solve dtype; num_iters [B] int32. An item
-        without mass returns its tokens unchanged; one that holds NaN or Inf becomes NaN, alone.
+        tokens; f [B, N], g [B, M], marginal_error [B] in the solve dtype; num_iters [B] int32. If all
+        weights of a batch element are zero, its tokens come back unchanged; one that holds NaN or Inf becomes NaN,
+        alone.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
@@ -111,7 +113,7 @@ def sinkhorn(
 
     Returns:
         :class:`SinkhornOutput`: plan [B, N, M] in the dtype of the cost; f [B, N] and g [B, M], as the last
-        round leaves them (columns last), -inf where the weight is zero; marginal_error [B]; num_iters [B].
+        iteration leaves them (columns last), -inf where the weight is zero; marginal_error [B]; num_iters [B].
 
     Raises:
         ValueError, TypeError, BackendError: as in :func:`sinkhorn_attend`.

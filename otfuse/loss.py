@@ -40,11 +40,11 @@ def ot_alignment_loss(
         contrast: "similarity": among all ``s_j`` for one ``q_i`` (Eq. 4); "assignment": among all ``q_j`` for
             one ``s_i`` (the public code).
         a, b: [B, N], [B, M] weights or boolean masks; zero or False leaves the token out. None keeps all.
-        reduction: "mean": over the tokens of a side, sides added, then over the items that have tokens on both
-            sides; "sum": over tokens, sides and items (Eq. 4).
+        reduction: "mean": over the tokens of a side, sides added, then over the batch elements that have tokens
+            on both sides; "sum": over tokens, sides and the batch (Eq. 4).
 
     Returns:
-        A scalar in float32 at least; zero if no item has tokens.
+        A scalar in float32 at least; zero if no batch element has tokens.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.

@@ -33,7 +33,7 @@ def clustered_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Tokens x [B, N, D], y [B, M, D] that share topics, in different proportions, as sound and picture do.
 
-    Independent random tokens are nearly orthogonal: Sinkhorn then converges in a few rounds, and a benchmark
+    Independent random tokens are nearly orthogonal: Sinkhorn then converges in a few iterations, and a benchmark
     or a test on them alone says little. ``noise`` is the size of a token's own part beside its topic's.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -101,9 +101,9 @@ def specified_attend(
 
 
 def per_item_log_domain(similarity: Tensor, epsilon: float, num_iters: int) -> Tensor:
-    """Plans [B, N, M] by a Python loop over items, uniform weights: how OT layers are written today.
+    """Plans [B, N, M] by a Python loop over the batch, uniform weights: how OT layers are written today.
 
-    The formula of the specification with a hundred small operations an item; the yardstick of the demo and
+    The formula of the specification with a hundred small operations a batch element; the yardstick of the demo and
     the benchmarks.
     """
     plans = []

@@ -1,6 +1,6 @@
 """Packed tokens of different lengths: FlashAttention's ``cu_seqlens`` convention.
 
-Letters: B batch, D features, T tokens of all items one after the other.
+Letters: B batch, D features, T tokens of the whole batch, one batch element after the other.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ def sinkhorn_attend_varlen(
     return_plan: bool = False,
     backend: str = "auto",
 ) -> SinkhornAttendOutput:
-    """:func:`otfuse.sinkhorn_attend` for items of different lengths, packed without padding.
+    """:func:`otfuse.sinkhorn_attend` for batch elements of different lengths, packed without padding.
 
-    ``triton`` works on the packed tokens, ``cpu`` on dense batches of equal lengths; ``torch`` and ``tpc`` pad,
-    and so does ``cpu`` where it may not look at the offsets: under ``torch.compile``, or ``vmap`` over them.
+    ``triton`` reads the packed tokens; ``cpu`` groups batch elements of equal lengths; ``torch`` and ``tpc`` pad, and
+    so does ``cpu`` where it cannot read the offsets: under ``torch.compile``, or ``vmap`` over them.
 
-    Item ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
+    Batch element ``i`` aligns ``x[cu_seqlens_x[i]:cu_seqlens_x[i+1]]`` with ``y[cu_seqlens_y[i]:cu_seqlens_y[i+1]]``.
 
     Args:
-        x: [T_x, D], the items' tokens one after the other.
+        x: [T_x, D], the tokens of all batch elements one after the other.
         y: [T_y, D], same dtype and device.
         cu_seqlens_x: [B+1], int32, non-decreasing from 0 to T_x, on the device of the tokens.
         cu_seqlens_y: [B+1], int32, likewise for ``y``.
-        max_seqlen_x: Length of the longest item of ``x``; a smaller number makes longer items NaN.
+        max_seqlen_x: Length of the longest batch element of ``x``; longer ones come back as NaN.
         max_seqlen_y: Likewise for ``y``.
-        a, b: [T_x], [T_y]: weights or boolean masks, as in :func:`otfuse.sinkhorn_attend`, per item.
+        a, b: [T_x], [T_y]: weights or boolean masks, as in :func:`otfuse.sinkhorn_attend`.
         epsilon, similarity, num_iters, tol, weights, grad, return_plan, backend: as in
             :func:`otfuse.sinkhorn_attend`.
 
     Returns:
         :class:`SinkhornAttendOutput`: x [T_x, D], y [T_y, D]; plan [B, max_seqlen_x, max_seqlen_y], zero outside
-        an item's lengths, or None; f [T_x], g [T_y]; marginal_error [B]; num_iters [B].
+        an element's lengths, or None; f [T_x], g [T_y]; marginal_error [B]; num_iters [B].
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.

@@ -44,15 +44,15 @@ WEIGHTS = {
 
 FLOATS = "must be float64, float32, bfloat16 or float16"
 NUMBER = "must be a finite number > 0"
-ROUNDS = " or None (run all rounds)"
+ITERATIONS = " or None (run all iterations)"
 
 # argument, wrong value, error, the whole message
 # fmt: off
 TOKENS = [
     ("x", [[1.0]], TypeError, "x must be a torch.Tensor of shape [B, N, D]; got list"),
     ("y", None, TypeError, "y must be a torch.Tensor of shape [B, M, D]; got NoneType"),
-    ("x", ones(3, 8), ValueError, "x must have shape [B, N, D]; got [3, 8]; for a single item pass x[None]"),
-    ("y", ones(4, 8), ValueError, "y must have shape [B, M, D]; got [4, 8]; for a single item pass y[None]"),
+    ("x", ones(3, 8), ValueError, "x must have shape [B, N, D]; got [3, 8]; for a single problem pass x[None]"),
+    ("y", ones(4, 8), ValueError, "y must have shape [B, M, D]; got [4, 8]; for a single problem pass y[None]"),
     ("x", ones(1, 2, 3, 8), ValueError, "x must have shape [B, N, D]; got [1, 2, 3, 8]; for more than one "
      "batch dimension pass x.flatten(0, 1)"),
     ("x", ones(), ValueError, "x must have shape [B, N, D]; got []"),
@@ -71,7 +71,8 @@ NORMAL = "must be between 1.18e-38 and 8.51e+37 in a solve in float32"
 SCALED = "and the cost (or similarity) by one number"
 COST = [
     ("cost", 3, TypeError, "cost must be a torch.Tensor of shape [B, N, M]; got int"),
-    ("cost", ones(3, 4), ValueError, "cost must have shape [B, N, M]; got [3, 4]; for a single item pass cost[None]"),
+    ("cost", ones(3, 4), ValueError,
+     "cost must have shape [B, N, M]; got [3, 4]; for a single problem pass cost[None]"),
     ("cost", ones(4), ValueError, "cost must have shape [B, N, M]; got [4]"),
     ("cost", ones(2, 3, 4).int(), TypeError, f"cost {FLOATS}; got int32; pass cost.float()"),
 ]
@@ -96,17 +97,18 @@ SOLVER = [
     ("num_iters", np.int64(5), TypeError, "num_iters must be an int >= 1; got np.int64(5); pass int(num_iters)"),
     ("num_iters", "5", TypeError, "num_iters must be an int >= 1; got '5'"),
     ("num_iters", True, TypeError, "num_iters must be an int >= 1; got True"),
-    ("tol", 0, ValueError, f"tol {NUMBER}{ROUNDS}; got 0"),
-    ("tol", "1e-3", TypeError, f"tol must be a number > 0{ROUNDS}; got str"),
+    ("tol", 0, ValueError, f"tol {NUMBER}{ITERATIONS}; got 0"),
+    ("tol", "1e-3", TypeError, f"tol must be a number > 0{ITERATIONS}; got str"),
     ("grad", "none", ValueError, "grad must be one of \"unroll\", \"implicit\", \"detach\"; got 'none'"),
     ("backend", "cuda", ValueError,
      "backend must be \"auto\" or one of \"tpc\", \"triton\", \"cpu\", \"torch\"; got 'cuda'"),
 ]
 LOSS = [
     ("plan", None, TypeError, "plan must be a torch.Tensor of shape [B, N, M]; got NoneType"),
-    ("plan", ones(3, 4), ValueError, "plan must have shape [B, N, M]; got [3, 4]; for a single item pass plan[None]"),
+    ("plan", ones(3, 4), ValueError,
+     "plan must have shape [B, N, M]; got [3, 4]; for a single problem pass plan[None]"),
     ("similarity", ones(3, 4), ValueError,
-     "similarity must have shape [B, N, M]; got [3, 4]; for a single item pass similarity[None]"),
+     "similarity must have shape [B, N, M]; got [3, 4]; for a single problem pass similarity[None]"),
     ("similarity", ones(2, 4, 3), ValueError,
      "plan and similarity must have one shape [B, N, M]; got [2, 3, 4] and [2, 4, 3]"),
     ("similarity", ones(2, 3, 4).half(), TypeError,

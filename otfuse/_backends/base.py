@@ -31,7 +31,7 @@ class BackendError(RuntimeError):
 
 
 class Solution(NamedTuple):
-    """A solved batch, in the solve dtype. An item without mass has a zero plan and potentials of -inf."""
+    """A solved batch, in the solve dtype. A batch element without mass has a zero plan and potentials of -inf."""
 
     plan: Tensor  # [B, N, M]
     f: Tensor  # [B, N]
@@ -135,7 +135,7 @@ class Backend:
         return attend_padded(problem, self)
 
     def token_terms(self, problem: LossProblem) -> tuple[Tensor, Tensor]:
-        """What each token adds to the loss [B, N + M], and whether an item has mass [B]: ``_alignment.token_terms``."""
+        """What each token adds to the loss [B, N + M], and which batch elements have mass [B]; as ``_alignment``."""
         kinds = ASSIGNMENTS.index(problem.assignment), CONTRASTS.index(problem.contrast), problem.mean
         return alignment.token_terms(
             problem.plan, problem.similarity, problem.a, problem.b, problem.temperature, *kinds
@@ -183,13 +183,13 @@ def _without_tokens(problem: Problem) -> SinkhornOutput:
 
 
 def attend_padded(problem: VarlenProblem, backend: Backend) -> SinkhornAttendOutput:
-    """Packed tokens by way of a padded batch: work and memory as of the longest item."""
+    """Packed tokens by way of a padded batch: work and memory as of the longest."""
     x, y = problem.x, problem.y
     assert x is not None and y is not None
     packing_x = Packing(problem.cu_seqlens_x, problem.max_seqlen_x, len(x))
     packing_y = Packing(problem.cu_seqlens_y, problem.max_seqlen_y, len(y))
     weights = packing_x.pad_weights(problem.a), packing_y.pad_weights(problem.b)
-    out = attend(backend, problem.of_items(packing_x.pad(x), packing_y.pad(y), *weights))
+    out = attend(backend, problem.dense(packing_x.pad(x), packing_y.pad(y), *weights))
     fits = packing_x.fits & packing_y.fits  # [B]
     return SinkhornAttendOutput(
         packing_x.pack(out.x, fits),

@@ -1,6 +1,6 @@
 """Packed tokens as a padded batch, and back, on the device.
 
-Letters: B batch, T tokens of all items one after the other.
+Letters: B batch, T tokens of the whole batch, one batch element after the other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Packing:
         self.valid = source < ends[:, None]
         self.source = source.clamp(0, max(total - 1, 0))
         tokens = torch.arange(total, device=cu_seqlens.device)
-        self.item = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True).clamp(0, max(len(starts) - 1, 0))
-        self.place = (tokens - starts[self.item] if len(starts) else tokens).clamp(0, max(max_seqlen - 1, 0))
+        self.element = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True).clamp(0, max(len(starts) - 1, 0))
+        self.place = (tokens - starts[self.element] if len(starts) else tokens).clamp(0, max(max_seqlen - 1, 0))
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, D] to [B, max_seqlen, D]."""
@@ -36,9 +36,9 @@ class Packing:
         return torch.where(self.valid, weights[self.source], 0 if weights.dtype != torch.bool else False)
 
     def pack(self, padded: Tensor, fits: Tensor) -> Tensor:
-        """[B, max_seqlen, ...] to [T, ...]; NaN for an item that was cut off."""
-        if not len(self.item):
+        """[B, max_seqlen, ...] to [T, ...]; NaN for a batch element that was cut off."""
+        if not len(self.element):
             return padded.flatten(0, 1)[:0]
-        packed = padded[self.item, self.place]
-        whole = fits[self.item]
+        packed = padded[self.element, self.place]
+        whole = fits[self.element]
         return torch.where(whole[:, None] if packed.dim() == 2 else whole, packed, torch.nan)

@@ -99,7 +99,7 @@ def _solve(
     problem: VarlenProblem, attend: Attend, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None
 ) -> SinkhornAttendOutput:
     """Items of N and of M tokens. The plan is padded to what was announced; where that is less, all is NaN."""
-    out = attend(problem.of_items(x, y, a, b))
+    out = attend(problem.dense(x, y, a, b))
     beyond = problem.max_seqlen_x - x.shape[1], problem.max_seqlen_y - y.shape[1]
     if out.plan is not None:  # a negative number takes off
         plan = pad(out.plan, (0, beyond[1], 0, beyond[0]))
