@@ -286,17 +286,18 @@ def test_what_java_gets_is_the_users_own_and_then_ours(monkeypatch: pytest.Monke
     assert dict(os.environ) == before
 
 
-def test_a_java_that_does_not_run_is_found_before_the_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_java_that_does_not_run_is_named_and_before_the_search(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on a bare macOS, where there is a ``java`` that only says where to get one."""
     stub = tmp_path / "java"
     stub.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\nexit 1\n")
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["evaluate", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert f"{stub} does not run (Unable to locate a Java Runtime.): install one" in error
+    for command in (["evaluate", str(tmp_path)], ["score", *map(str, files)]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"{stub} does not run (Unable to locate a Java Runtime.): install one" in error
 
 
 def test_spice_says_what_is_missing(scores: Scores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
