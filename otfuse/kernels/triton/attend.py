@@ -193,6 +193,8 @@ def _attend_fwd_kernel(
         if HISTORY == HISTORY_LAST:
             kept_u, kept_v = tl.where(one_piece, u, log_u), tl.where(one_piece, v, log_v)
             store_round(history_ptr, 0, kept_u, kept_v, N, M, part, BLOCK_N, BLOCK_M)
+            none_u, none_v = tl.zeros_like(u), tl.zeros_like(v)  # exponents, of which there are none here
+            store_round(history_ptr, 1, none_u, none_v, N, M, part, BLOCK_N, BLOCK_M)
         if STOPS and HISTORY == HISTORY_ALL:  # rounds that were not run are zero, not whatever was there
             for rest in range(t, num_iters):
                 store_round(history_ptr, rest, tl.zeros_like(u), tl.zeros_like(v), N, M, part, BLOCK_N, BLOCK_M)
