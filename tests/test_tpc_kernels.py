@@ -23,7 +23,9 @@ from torch import Tensor
 from otfuse._attention import Marginals
 from otfuse._backends.base import Solution
 from otfuse._backends.torch import solver as plain
+from otfuse._backends.torch.implicit import attach_implicit_gradient
 from otfuse._backends.tpc import emulator
+from otfuse._problem import SolveOptions
 from otfuse.testing import assert_as_accurate_as_reference, clustered_tokens, references, reordered
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="the emulator needs a C++ compiler")
@@ -126,7 +128,7 @@ def specified(
     items: Items, T: int, tol: float | None = None, dtype: torch.dtype = torch.float64, order: int = 0
 ) -> Solution:
     sign = 1 if items.scale > 0 else -1
-    solver = partial(plain.specification, epsilon=1 / abs(items.scale), num_iters=T, tol=tol)
+    solver = partial(plain.specification, options=SolveOptions(1 / abs(items.scale), T, tol))
 
     def solve(similarity: Tensor, a: Tensor, b: Tensor) -> Solution:
         return plain.solve(solver, similarity, Marginals(a, b, True))
@@ -309,13 +311,13 @@ def specified_gradients(
     """By autograd; what is not determined, a constant of the implicit da and db, is taken out by ``centred``."""
     values, a, b = (t.to(dtype).clone().requires_grad_() for t in items[:3])
     sign, epsilon = (1 if items.scale > 0 else -1), 1 / abs(items.scale)
-    solver = partial(plain.specification, epsilon=epsilon, num_iters=T, tol=tol)
+    solver = partial(plain.specification, options=SolveOptions(epsilon, T, tol))
 
     def solve(similarity: Tensor, a: Tensor, b: Tensor) -> Solution:
         if not implicit:
             return plain.solve(solver, similarity, Marginals(a, b, True))
         solution = plain.solve(solver, similarity.detach(), Marginals(a.detach(), b.detach(), True))
-        return plain.attach_implicit_gradient(solution, similarity, Marginals(a, b, True), epsilon)
+        return attach_implicit_gradient(solution, similarity, Marginals(a, b, True), epsilon)
 
     solution = reordered(solve, order)(sign * values, a, b)
     outputs = [torch.where(o.isinf(), 0, o) for o in solution[:3]]

@@ -14,9 +14,8 @@ import triton.language as tl
 
 import otfuse
 from otfuse._backends.triton import attend as backend
-from otfuse._backends.triton import paths
+from otfuse._backends.triton import paths, places
 from otfuse._backends.triton import streaming as large
-from otfuse._backends.triton import varlen as packed
 from otfuse._backends.triton import varlen_streaming as long_launches
 from otfuse._backends.triton.backend import TritonBackend
 from otfuse._backends.triton.launch import INTERPRETED
@@ -142,7 +141,7 @@ def test_dense(outside, monkeypatch, path, grad, weighted):
 @pytest.mark.parametrize("grad", ["unroll", "implicit"])
 def test_packed(outside, monkeypatch, grad, stored):
     """Items on chip, beyond it, empty, and longer than announced."""
-    monkeypatch.setattr(packed, "_largest_tile", lambda *_: (16, 16))
+    monkeypatch.setattr(places, "_largest_tile", lambda *_: (16, 16))
     monkeypatch.setattr(large, "BLOCKS", {key: dict.fromkeys((2, 4, 8), (16, 16, 4, 2)) for key in large.BLOCKS})
     monkeypatch.setattr(large, "LINES", 16)
     monkeypatch.setattr(large, "num_steps", lambda *_: 3)
