@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import otfuse
+from otfuse._backends.cpu import backend as cpu
 from otfuse._backends.cpu import varlen as by_length
 from otfuse._ops import MODES
 
@@ -66,13 +67,13 @@ def test_an_item_has_the_bits_of_its_own_dense_call(monkeypatch, grad, dtype, wo
 )
 def test_equal_items_are_one_call(monkeypatch, lengths, D, calls):
     """Unless to sort them would move more than the calls are worth."""
-    seen, attend = [], by_length.sinkhorn_attend
+    seen, attend = [], cpu.attend
 
-    def counted(x, *rest, **options):
-        seen.append(len(x))
-        return attend(x, *rest, **options)
+    def counted(backend, problem):
+        seen.append(len(problem.x))
+        return attend(backend, problem)
 
-    monkeypatch.setattr(by_length, "sinkhorn_attend", counted)
+    monkeypatch.setattr(cpu, "attend", counted)
     otfuse.sinkhorn_attend_varlen(**batch(lengths, lengths, D=D), num_iters=1, backend="cpu")
     assert seen == calls
 
@@ -97,7 +98,7 @@ def test_nothing_is_padded(monkeypatch):
     with Largest() as made:
         otfuse.sinkhorn_attend_varlen(**items, num_iters=2, backend="cpu")
     assert made.numbers == max(1000 * 40, sum(LENGTHS_X) * D)
-    monkeypatch.setattr(by_length, "can_read", lambda offsets: False)
+    monkeypatch.setattr(cpu, "can_read", lambda offsets: False)
     with Largest() as made:
         otfuse.sinkhorn_attend_varlen(**items, num_iters=2, backend="cpu")
     assert made.numbers == 8 * 1000 * 40
