@@ -119,7 +119,7 @@ def test_an_installation_that_cannot_be_written_and_no_home(tmp_path):
     package = shutil.copytree(
         Path(otfuse.__file__).parent, tmp_path / "otfuse", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (package / "backends" / "__pycache__").touch()
+    (package / "_backends" / "cpu" / "__pycache__").touch()
     (tmp_path / "home").touch()
     home = str(tmp_path / "home" / "of nobody")
     found = run(WITHOUT_A_CACHE, tmp_path, HOME=home, XDG_CACHE_HOME=home, LOCALAPPDATA=home)
