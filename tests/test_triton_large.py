@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import assert_accurate, assert_solution_accurate, padded_weights, randn, weights
+from problems import assert_accurate, assert_solution_accurate, padded_weights, rand, randn, weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -280,6 +280,17 @@ def test_gradients_by_a_cost(on_path, device, epsilon, path):
     actual, exact = by(otfuse.sinkhorn, torch.float32, backend="triton"), by(specified_sinkhorn, torch.float64)
     for name, *values in zip(("cost", "a"), actual, reference, exact, exact):
         assert_accurate(*values, what=f"gradient by {name} at {epsilon}")
+
+
+@pytest.mark.parametrize("path", [Path.STORED, Path.CLUSTER], ids=str)
+def test_a_history_is_zero_where_no_round_was_run(on_path, device, path):
+    """An output of an op is the same at every call."""
+    on_path(path)
+    cost = rand(0, 2, N, M).to(device)
+    numbers = torch.tensor([-1.0, 0.5])  # -1 / epsilon, tol
+    *_, rounds, history = torch.ops.otfuse.sinkhorn_triton(cost, None, None, numbers, 5, MODES["unroll"], True)
+    assert (rounds < 5).all()
+    assert not history[:, 2:].reshape(2, 5, N + M)[:, int(rounds.max()) :].any()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

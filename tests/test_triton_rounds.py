@@ -62,6 +62,7 @@ def test_numbers_apart(dtype):
     numbers = torch.nn.functional.pad(numbers, (0, 64 - len(numbers)))
     parts, exponents = torch.empty_like(numbers), torch.full_like(numbers, 7)
     apart_kernel[(1,)](numbers, exponents, parts, 64)
+    assert ((exponents - 7).abs() <= most).all(), "one over the power of two is a normal number"
     live = numbers.abs() >= limits.tiny
     assert ((parts.abs() >= 1) & (parts.abs() < 2))[live & (numbers.abs() < 2.0**most)].all()
     assert (parts.abs() < 4).all() and (parts.abs() < 1)[~live].all() and (exponents == 7)[numbers == 0].all()

@@ -9,7 +9,8 @@ Two forms, by the item's own range (docs/numerics.md): SCALING, where K = exp((S
 rounds; and ABSORBED, where the first round is done in the log domain and the scalings are folded into K
 whenever they leave a safe range.
 
-All in one file, because numba's cache on disk notices a change in a function's own file only.
+All in one file, because numba's cache on disk notices a change in a function's own file only, and of SCALING_RANGE
+(``numba_cache``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from otfuse._backends.cpu.numba_cache import njit
+from otfuse.kernels.constants import SCALING_RANGE
 
+RANGE32, RANGE64 = SCALING_RANGE[4], SCALING_RANGE[8]  # numba takes no dictionary
 NO_MASS, SCALING, ABSORBED, NOT_FINITE = 0, 1, 2, 3
 
 # Sums may be reordered and fused; NaN and infinities keep their meaning.
@@ -262,7 +265,7 @@ def _survey(S, a, b, scale):
         return NOT_FINITE, 0.0, dense
     spread = (float(high) - float(low)) * abs(scale)
     weights_spread = math.log(high_a / low_a) + math.log(high_b / low_b)
-    most = 40.0 if S.itemsize == 4 else 300.0
+    most = RANGE32 if S.itemsize == 4 else RANGE64
     form = SCALING if spread <= most and spread + weights_spread <= 1.5 * most else ABSORBED
     return form, float(high if scale > 0 else low), dense
 
@@ -468,7 +471,7 @@ def _solve_item(S, a, b, scale, num_iters, tol, K, columns_outer, plan, f, g, u_
     v = np.zeros(M if columns_outer else length, S.dtype)
     next_u, previous_v = u.copy(), v.copy()
     log_u, log_v = np.zeros(N), np.zeros(M)  # what is folded into K
-    limit = 20.0 if S.itemsize == 4 else 150.0
+    limit = (RANGE32 if S.itemsize == 4 else RANGE64) / 2
     root_a, root_b = np.sqrt(a), np.sqrt(b)
 
     rows = gathered if columns_outer else sums  # K v

@@ -10,6 +10,8 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
+from otfuse.kernels.constants import SCALING_RANGE
+
 _logger = logging.getLogger("otfuse")
 _logged: set[str] = set()
 
@@ -35,6 +37,9 @@ def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 class _Cache(FunctionCache):
     """A function's part of the cache. A file that cannot be read is as none, and compiling mends it."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return *super()._index_key(sig, codegen), *SCALING_RANGE.values()  # compiled in, from another file
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         load = super().load_overload

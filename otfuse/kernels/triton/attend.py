@@ -6,15 +6,15 @@ Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features.
 import triton
 import triton.language as tl
 
+from .constants import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, LAST_ROWS
 from .places import wide
 from .rounds import (
-    LAST_ROWS,
     LN2,
     SMALLEST32,
     are_tiny,
     crossed,
     divide,
-    fits_one_piece,
+    fits_scalings,
     flat,
     half_rounds,
     load_live,
@@ -25,15 +25,12 @@ from .rounds import (
     product,
     rounds_while,
     sign_of,
+    spread,
     store_round,
     tile_at,
     token_products,
     unflat,
 )
-
-HISTORY_NONE = tl.constexpr(0)
-HISTORY_LAST = tl.constexpr(1)
-HISTORY_ALL = tl.constexpr(2)
 
 EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float32 that hold it
 
@@ -150,7 +147,7 @@ def _attend_fwd_kernel(
         a, b, _, _, _ = load_marginals(a_ptr, b_ptr, item, again_rows, again_columns, N, M, DTYPE)
         L, offset, range_L, poison = log_kernel(similarity, (a != 0)[:, None] & (b != 0)[None, :], scale, DTYPE)
         if t == 0:
-            one_piece = fits_one_piece(range_L, a, b, DTYPE)
+            one_piece = fits_scalings(range_L, range_L + spread(a) + spread(b), DTYPE)
             if part == 0:  # in memory until f is stored: no register is kept through the rounds
                 tl.store(f_ptr + item * N + rows, offset, mask=rows < N)
             if HAS_WEIGHTS:

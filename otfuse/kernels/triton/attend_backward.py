@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
+from .constants import DETACH, LAST_ROWS, LEAST, UNROLL
 from .places import wide
 from .rounds import (
-    LAST_ROWS,
-    LEAST,
     column_sums,
     cosines,
     crossed,
+    inverse,
     load_marginals,
+    load_or_zero,
     load_passed,
     load_round,
     log_kernel,
@@ -26,26 +27,6 @@ from .rounds import (
     small_enough,
     tile_product,
 )
-
-DETACH = tl.constexpr(0)
-UNROLL = tl.constexpr(1)
-IMPLICIT = tl.constexpr(2)
-
-
-@triton.jit
-def inverse(values):
-    """1 / values, zero where they are zero."""
-    return tl.where(values == 0, 0.0, 1.0 / tl.where(values == 0, 1.0, values))
-
-
-@triton.jit
-def load_or_zero(ptr, at, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """A gradient that autograd may not have sent."""
-    if ptr is None:
-        values = tl.zeros((BLOCK,), DTYPE)
-    else:
-        values = tl.load(ptr + at, mask=mask, other=0.0).to(DTYPE)
-    return values
 
 
 @triton.jit
@@ -274,8 +255,8 @@ def _attend_bwd_kernel(
             grad_plan += tl.load(grad_plan_ptr + entries, mask=live, other=0.0).to(DTYPE)
         unit = (1.0 / tl.abs(tl.full((), scale, tl.float64))).to(DTYPE)  # f = log(u) / |scale|
         G = grad_plan * plan
-        d_log_u = tl.sum(G, 1) + unit * load_or_zero(grad_f_ptr, item * N + rows, live_x, BLOCK_N, DTYPE)
-        d_log_v = tl.sum(G, 0) + unit * load_or_zero(grad_g_ptr, item * M + columns, live_y, BLOCK_M, DTYPE)
+        d_log_u = tl.sum(G, 1) + unit * load_or_zero(grad_f_ptr, item * N + rows, live_x, DTYPE)
+        d_log_v = tl.sum(G, 0) + unit * load_or_zero(grad_g_ptr, item * M + columns, live_y, DTYPE)
         if MODE == UNROLL:
             if one_piece:
                 H = grad_plan * u[:, None] * v[None, :]

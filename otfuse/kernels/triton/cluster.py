@@ -16,20 +16,19 @@ Logarithms are to base two.
 import triton
 import triton.language as tl
 
+from .constants import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, LAST_ROWS
 from .rounds import (
-    LAST_ROWS,
     LN2,
-    RANGE32,
-    RANGE64,
     SMALLEST32,
     SMALLEST64,
     divide,
+    fits_scalings,
     half_round,
     lacking,
     sign_of,
     spread,
 )
-from .streaming import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, history_of, load_lines, log_tile, wide
+from .streaming import history_of, load_lines, log_tile, wide
 
 
 @triton.constexpr_function
@@ -104,7 +103,6 @@ def _rounds_kernel(
     a = load_lines(weights_ptr, lines + rows, rows < N)
     b = load_lines(weights_ptr, lines + N + columns, columns < M)
     apart_ab = spread(a) + spread(b)  # now, not beside the tile: it leaves few registers
-    limit: tl.constexpr = RANGE64 if DTYPE == tl.float64 else RANGE32
     matrix_ptr += item * N * stride_n
     offset_ptr += item * N
     first_u_ptr, first_v_ptr = first_ptr + lines, first_ptr + lines + N
@@ -120,7 +118,7 @@ def _rounds_kernel(
         L = (L + e_part[:, None]) + e_v[None, :]  # nowhere more than one
         least = tl.minimum(least, tl.min(tl.where(L == float("-inf"), 0.0, L), 1))
     entries = (1.0 - tl.min(least)) * LN2
-    one_piece = (entries <= limit) & (entries + apart_ab <= 1.5 * limit)  # as rounds.fits_one_piece
+    one_piece = fits_scalings(entries, entries + apart_ab, DTYPE)
     if HISTORY != HISTORY_NONE:
         history_ptr = history_of(history_ptr, item, num_iters if HISTORY == HISTORY_ALL else LAST_ROWS, lines)
         tl.store(history_ptr - 2, tl.load(items_ptr + item * 4))

@@ -9,9 +9,8 @@ Letters: B batch, N rows and M columns of an item, T rounds; *lines* are rows an
 import triton
 import triton.language as tl
 
-from .attend_backward import inverse
 from .cluster import load_log
-from .rounds import apart
+from .rounds import apart, inverse
 from .streaming import history_of, load_lines, wide
 
 

@@ -10,9 +10,10 @@ other.
 import triton
 import triton.language as tl
 
-# Numbers of a row of the table of packed items: the item (below zero: none), which block of it; first row and number of
-# rows, first column and number of columns; first strip and number of strips.
-TABLE = tl.constexpr(8)
+from .constants import TABLE
+
+# The TABLE numbers of a row of the table of packed items: the item (below zero: none), which block of it; first row and
+# number of rows, first column and number of columns; first strip and number of strips.
 
 
 @triton.jit

@@ -15,17 +15,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .constants import LEAST, RANGE32, RANGE64
 from .places import wide
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-# Natural logarithms: how far the entries of K, and with the weights the scalings, may lie apart for the scaling form.
-RANGE32 = tl.constexpr(40.0)
-RANGE64 = tl.constexpr(300.0)
-
-# Rows of the history of a last iteration (constants.py).
-LAST_ROWS = tl.constexpr(2)
 
 # The factor by which a scaling of the logarithmic form may grow or shrink before it is folded into K.
 GROWN = tl.constexpr(256.0)
@@ -33,9 +27,6 @@ GROWN = tl.constexpr(256.0)
 # Below every sum of a round but those of padding, whose 0 / 0 would be NaN.
 SMALLEST32 = tl.constexpr(1e-37)
 SMALLEST64 = tl.constexpr(1e-300)
-
-# Of an item's largest weight: what a live one is at least (docs/numerics.md).
-LEAST = tl.constexpr(1e-30)
 
 # The largest size that a token is divided by, and one over the smallest: powers of two.
 FARTHEST32 = tl.constexpr(2.0**120)
@@ -332,17 +323,17 @@ def log_kernel(similarity, live, scale, DTYPE: tl.constexpr):
 
 @triton.jit
 def spread(weights):
-    """Natural logarithm of the largest over the smallest weight that is not zero."""
-    largest = tl.max(weights)
-    smallest = tl.min(tl.where(weights == 0, largest, weights))
+    """Natural logarithm of the largest over the smallest weight [BLOCK] or [BLOCK, ITEMS] that is not zero."""
+    largest = tl.max(weights, 0)
+    smallest = tl.min(tl.where(weights == 0, largest, weights), 0)
     return tl.log2(largest / smallest) * LN2
 
 
 @triton.jit
-def fits_one_piece(entries, a, b, DTYPE: tl.constexpr):
-    """Whether the scaling form is safe: for a range of the log kernel's ``entries`` and these marginals."""
-    limit = RANGE64 if DTYPE == tl.float64 else RANGE32
-    return (entries <= limit) & (entries + spread(a) + spread(b) <= 1.5 * limit)
+def fits_scalings(entries, with_weights, DTYPE: tl.constexpr):
+    """Whether the scaling form is safe for a range of the log kernel's ``entries``, and with that of the marginals."""
+    limit: tl.constexpr = RANGE64 if DTYPE == tl.float64 else RANGE32
+    return (entries <= limit) & (with_weights <= 1.5 * limit)
 
 
 @triton.jit
@@ -554,6 +545,22 @@ def log_sum(L, shift, AXIS: tl.constexpr):
     # In another order than above: a common sum would be kept, which is a tile of registers.
     total = tl.sum(tl.exp2((L - tl.expand_dims(largest, AXIS)) + along), AXIS)
     return largest + log_weights(total)
+
+
+@triton.jit
+def inverse(values):
+    """1 / values, zero where they are zero."""
+    return tl.where(values == 0, 0.0, 1.0 / tl.where(values == 0, 1.0, values))
+
+
+@triton.jit
+def load_or_zero(ptr, at, mask, DTYPE: tl.constexpr):
+    """A gradient that autograd may not have sent."""
+    if ptr is None:
+        values = tl.zeros(mask.shape, DTYPE)
+    else:
+        values = tl.load(ptr + at, mask=mask, other=0.0).to(DTYPE)
+    return values
 
 
 @triton.jit

@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .constants import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE
 from .rounds import (
     INTERPRETED,
     LN2,
-    RANGE32,
-    RANGE64,
     SMALLEST32,
     below,
     divide,
     exp2_of,
+    fits_scalings,
     half_round,
     load_passed,
     log_entries,
@@ -32,12 +32,8 @@ from .rounds import (
     offsets,
     over_largest,
     sign_of,
+    spread,
 )
-
-# As in attend.py, whose other code is none of this kernel's.
-HISTORY_NONE = tl.constexpr(0)
-HISTORY_LAST = tl.constexpr(1)
-HISTORY_ALL = tl.constexpr(2)
 
 # The items of a program whose threads hold one each, and the most entries that these have (HELD of the launcher).
 WARP = tl.constexpr(32)
@@ -114,24 +110,15 @@ def log_kernel(cost_ptr, at, inside, live, scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def spread(weights):
-    """Natural logarithm of an item's largest over its smallest weight that is not zero."""
-    largest = tl.max(weights, 0)
-    smallest = tl.min(tl.where(weights == 0, largest[None, :], weights), 0)
-    return tl.log2(largest / smallest) * LN2
-
-
-@triton.jit
-def fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
-    """Which items may be solved in scalings, as rounds.fits_one_piece; those without mass may."""
+def in_scalings(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE: tl.constexpr):
+    """Which items may be solved in scalings; those without mass may."""
     entries = -tl.min(tl.min(tl.where(live, L, 0.0), 1), 0) * LN2
-    limit = RANGE64 if DTYPE == tl.float64 else RANGE32
-    whole = entries
+    with_weights = entries
     if a_ptr is not None:
-        whole += spread(a)
+        with_weights += spread(a)
     if b_ptr is not None:
-        whole += spread(b)
-    return ((entries <= limit) & (whole <= 1.5 * limit)) | ~has_mass
+        with_weights += spread(b)
+    return fits_scalings(entries, with_weights, DTYPE) | ~has_mass
 
 
 @triton.jit
@@ -393,7 +380,7 @@ def _small_fwd_kernel(
     live = (a != 0)[:, None, :] & (b != 0)[None, :, :]
     L, offset, poison = log_kernel(cost_ptr, at, inside, live, scale, DTYPE)
     poison += total_a * 0 + total_b * 0
-    one_piece = fits_one_piece(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE)
+    one_piece = in_scalings(L, live, a, b, a_ptr, b_ptr, has_mass, DTYPE)
     if HISTORY != HISTORY_NONE:
         tl.store(history_ptr + first + lanes, tl.where(one_piece, 1.0, 0.0), mask=lanes < left)
         tl.store(history_ptr + B + first + lanes, poison, mask=lanes < left)

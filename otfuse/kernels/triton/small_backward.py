@@ -7,27 +7,9 @@ scalings that a round began with; what else a round made is made again from them
 import triton
 import triton.language as tl
 
-from .rounds import LEAST, divide, load_passed, small_enough
+from .constants import IMPLICIT, LEAST, UNROLL
+from .rounds import divide, inverse, load_or_zero, load_passed, small_enough
 from .small import column_sums, entries_at, is_any, load_marginals, log_kernel, row_sums
-
-UNROLL = tl.constexpr(1)
-IMPLICIT = tl.constexpr(2)
-
-
-@triton.jit
-def inverse(values):
-    """1 / values, zero where they are zero."""
-    return tl.where(values == 0, 0.0, 1.0 / tl.where(values == 0, 1.0, values))
-
-
-@triton.jit
-def load_or_zero(ptr, at, mask, DTYPE: tl.constexpr, LIKE):
-    """A gradient that autograd may not have sent."""
-    if ptr is None:
-        values = tl.zeros(LIKE.shape, DTYPE)
-    else:
-        values = tl.load(ptr + at, mask=mask, other=0.0).to(DTYPE)
-    return values
 
 
 @triton.jit
@@ -212,9 +194,9 @@ def _small_bwd_kernel(
         v = load_kept(history_ptr, place, first_v, first, left, B, M, BLOCK_M, ITEMS)
         unit = tl.full((), unit, tl.float64).to(DTYPE)  # f = log(u) unit
         exists = (lanes < left)[None, :]  # uniform weights are those of items beyond the last as well
-        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x & exists, DTYPE, a)
-        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y & exists, DTYPE, b)
-        grad_plan = load_or_zero(grad_plan_ptr, at, live & inside, DTYPE, L)
+        sent_x = unit * load_or_zero(grad_f_ptr, first * N + (lanes[None, :] * N + n * step), live_x & exists, DTYPE)
+        sent_y = unit * load_or_zero(grad_g_ptr, first * M + (lanes[None, :] * M + m * step), live_y & exists, DTYPE)
+        grad_plan = load_or_zero(grad_plan_ptr, at, live & inside, DTYPE)
 
         # The last round again, then back from it: in scalings, and where the program has such items in logarithms.
         K = tl.where(live, tl.exp2(L + poison[None, None, :]), 1.0)

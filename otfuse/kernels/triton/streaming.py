@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
+from .constants import HISTORY_ALL, HISTORY_LAST, HISTORY_NONE, LAST_ROWS
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
 from .rounds import (
-    LAST_ROWS,
     LN2,
     SMALLEST32,
     SMALLEST64,
@@ -42,10 +42,6 @@ from .rounds import (
     token_products,
     whole,
 )
-
-HISTORY_NONE = tl.constexpr(0)
-HISTORY_LAST = tl.constexpr(1)
-HISTORY_ALL = tl.constexpr(2)
 
 
 @triton.jit

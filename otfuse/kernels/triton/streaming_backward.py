@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .attend import dot_split, split
-from .attend_backward import inverse
+from .constants import DETACH, END, IMPLICIT, LAST_ROWS, LEAST, ROUND, START, STEP, UNROLL
 from .places import block_of, is_idle, line_block, place, row_block, strips, wide
-from .rounds import LAST_ROWS, LEAST, apart, load_passed, small_enough, token_products
+from .rounds import apart, inverse, load_passed, small_enough, token_products
 from .streaming import (
     gather,
     history_of,
@@ -26,16 +26,6 @@ from .streaming import (
     plan_tile,
     similarity_tile,
 )
-
-DETACH = tl.constexpr(0)
-UNROLL = tl.constexpr(1)
-IMPLICIT = tl.constexpr(2)
-
-# Of a strip: a round; what conjugate gradients start with, a step of theirs, and what they end with.
-ROUND = tl.constexpr(0)
-START = tl.constexpr(1)
-STEP = tl.constexpr(2)
-END = tl.constexpr(3)
 
 
 @triton.jit

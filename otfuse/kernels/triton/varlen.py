@@ -10,10 +10,10 @@ Letters: B batch, N and M tokens of an item, T_x and T_y of all items, D feature
 import triton
 import triton.language as tl
 
-from .attend import HISTORY_ALL, HISTORY_NONE, _attend_fwd_kernel
-from .attend_backward import UNROLL, _attend_bwd_kernel
+from .attend import _attend_fwd_kernel
+from .attend_backward import _attend_bwd_kernel
+from .constants import HISTORY_ALL, HISTORY_NONE, LAST_ROWS, UNROLL
 from .places import span, wide
-from .rounds import LAST_ROWS
 
 FILLED = tl.constexpr(1024)  # numbers that are written at a time
 
