@@ -33,7 +33,6 @@ MODES = {"detach": DETACH, "unroll": UNROLL, "implicit": IMPLICIT}
 
 FIRST_DERIVATIVES_ONLY = 'grad="implicit" has first derivatives only; pass grad="unroll" to differentiate twice'
 
-
 library = torch.library.Library("otfuse", "DEF")
 
 Tensors = tuple[Tensor, ...]
@@ -120,6 +119,8 @@ def option_arguments(options: SolveOptions, sign: int) -> tuple[Tensor, int, int
 
 def solve_options(numbers: Tensor, num_iters: int, grad: int) -> SolveOptions:
     """OPTIONS for plain PyTorch, to which an op comes back for second derivatives."""
+    if grad == IMPLICIT:
+        raise RuntimeError(FIRST_DERIVATIVES_ONLY)
     scale, tol = numbers  # tensors: there may be no values yet
     return SolveOptions(1 / scale.abs(), num_iters, tol, next(name for name, mode in MODES.items() if mode == grad))
 
@@ -182,8 +183,8 @@ class Derivatives:
 class SecondDerivatives(Derivatives):
     """Those of the backward op of ``first``, by autograd through plain PyTorch."""
 
-    def __init__(self, first: Derivatives, name: str | None = None) -> None:
-        self.first, self.name, self.library = first, name or f"{first.name}_backward", first.library
+    def __init__(self, first: Derivatives) -> None:
+        self.first, self.name, self.library = first, f"{first.name}_backward", first.library
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         of = self.first
@@ -192,8 +193,6 @@ class SecondDerivatives(Derivatives):
         ctx.save_for_backward(*inputs[: of.tensors], *inputs[-of.outputs :])
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if IMPLICIT in ctx.options[-1:]:
-            raise RuntimeError(FIRST_DERIVATIVES_ONLY)
         of, saved = self.first, ctx.saved_tensors
         inputs, incoming = saved[: of.tensors], saved[of.tensors :]
         of_inputs, of_incoming = second_order(lambda *t: of.plain(t, ctx.options), inputs, incoming, grads)

@@ -147,6 +147,11 @@ class LossProblem:
         """The tensor that decides device and dtype."""
         return self.plan
 
+    @property
+    def kinds(self) -> tuple[int, int, bool]:
+        """As ops take them: places in ASSIGNMENTS and CONTRASTS, and ``mean``."""
+        return ASSIGNMENTS.index(self.assignment), CONTRASTS.index(self.contrast), self.mean
+
     def describe(self) -> str:
         """One line for error messages."""
         return "B={} N={} M={}, ".format(*self.plan.shape) + f"{self.plan.dtype} on '{self.plan.device}'"

@@ -50,14 +50,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         problems.use(torch.float32)
 
 
+class SingleEvaluation:
+    """One, as a count that knows whether it was asked for."""
+
+    was_taken = False
+
+    def __index__(self) -> int:
+        self.was_taken = True
+        return 1
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """First with a single evaluation of every reference, which allows no more than several and takes less time."""
-    several = testing.EVALUATIONS
-    testing.EVALUATIONS = 1
+    """First with a single evaluation of every reference, which allows no more than several and takes less time.
+
+    Only a test that evaluated one is repeated, with all of them: what fails by chance elsewhere fails.
+    """
+    several, testing.EVALUATIONS = testing.EVALUATIONS, (single := SingleEvaluation())
     try:
         return (yield)
     except Exception:
+        if not single.was_taken:
+            raise
         testing.EVALUATIONS = several
         pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
         return True

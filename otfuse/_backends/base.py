@@ -15,8 +15,6 @@ from otfuse import _attention as attention
 from otfuse._attention import Marginals
 from otfuse._backends.padded import Packing
 from otfuse._problem import (
-    ASSIGNMENTS,
-    CONTRASTS,
     LossProblem,
     Problem,
     SinkhornAttendOutput,
@@ -92,7 +90,7 @@ class Backend:
         return self.unavailable() + self.unsupported(problem)
 
     def solve(self, similarity: Tensor, p: Marginals, problem: Problem) -> Solution:
-        """Sinkhorn-Knopp on ``similarity`` [B, N, M] in the solve dtype, differentiable as ``problem.grad`` says."""
+        """Sinkhorn-Knopp on ``similarity`` [B, N, M] in the solve dtype, with the gradient that it asks for."""
         raise NotImplementedError
 
     def solve_cost(self, cost: Tensor, p: Marginals, problem: Problem) -> Solution:
@@ -136,10 +134,8 @@ class Backend:
 
     def token_terms(self, problem: LossProblem) -> tuple[Tensor, Tensor]:
         """What each token adds to the loss [B, N + M], and which batch elements have mass [B]; as ``_alignment``."""
-        kinds = ASSIGNMENTS.index(problem.assignment), CONTRASTS.index(problem.contrast), problem.mean
-        return alignment.token_terms(
-            problem.plan, problem.similarity, problem.a, problem.b, problem.temperature, *kinds
-        )
+        p = problem
+        return alignment.token_terms(p.plan, p.similarity, p.a, p.b, p.temperature, *p.kinds)
 
 
 def attend(backend: Backend, problem: Problem) -> SinkhornAttendOutput:

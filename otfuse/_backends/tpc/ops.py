@@ -1,4 +1,4 @@
-"""The ops of the kernels for Gaudi: schemas, fake kernels, derivatives, batching rules. Imports torch and no backend.
+"""The ops of the kernels for Gaudi: schemas, fake kernels, derivatives, batching rules.
 
 One op of the namespace ``otfuse_tpc`` for each kernel of ``kernels/tpc``: tensors in the kernel's order, then its
 scalars, and the outputs come back. What runs behind them is the emulator on CPU tensors and the built library on a

@@ -17,8 +17,6 @@ from otfuse._backends.base import Backend, is_installed
 from otfuse._backends.triton import attend, loss, varlen, version  # noqa: F401, launchers register themselves
 from otfuse._backends.triton.launch import INTERPRETED
 from otfuse._problem import (
-    ASSIGNMENTS,
-    CONTRASTS,
     LossProblem,
     Problem,
     SinkhornAttendOutput,
@@ -87,9 +85,8 @@ class TritonBackend(Backend):
 
     def token_terms(self, problem: LossProblem) -> tuple[Tensor, Tensor]:
         p = problem
-        kinds = ASSIGNMENTS.index(p.assignment), CONTRASTS.index(p.contrast), p.mean
         op = torch.ops.otfuse.alignment_loss_triton.default
-        terms, _, has_mass = ops.call(op, p.plan, p.similarity, p.a, p.b, ops.numbers(p.temperature), *kinds)
+        terms, _, has_mass = ops.call(op, p.plan, p.similarity, p.a, p.b, ops.numbers(p.temperature), *p.kinds)
         return terms, has_mass
 
 

@@ -1,8 +1,8 @@
-"""The ops of backends that fuse the whole operator: schemas, fake kernels, derivatives, batching rules.
+"""The ops of padded tokens and of costs, each the whole operator: schemas, fake kernels, derivatives, batching rules.
 
 ``otfuse::sinkhorn_attend_triton`` takes tokens and weights as the user passed them and returns everything at once;
 ``otfuse::sinkhorn_triton`` is the solver for a cost. Each has a backward op, which can itself be differentiated by way
-of plain PyTorch. Imports torch and nothing of a backend that runs kernels.
+of plain PyTorch.
 
 Letters: B batch, N tokens of ``x``, M tokens of ``y``, D features, T rounds.
 """

@@ -1,7 +1,6 @@
 """The op of packed tokens: schema, fake kernels, derivatives, batching rules; as ``ops.py`` for padded ones.
 
 ``otfuse::sinkhorn_attend_varlen_triton`` returns everything packed but the plan, which is [B, longest_x, longest_y].
-Imports torch and nothing of a backend that runs kernels.
 
 Letters: B batch, D features, T_x and T_y tokens of all items one after the other.
 """
