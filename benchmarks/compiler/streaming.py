@@ -7,7 +7,7 @@ import torch
 from benchmarks.compiler.launches import Launch
 from otfuse._backends.triton.streaming import ATTENDED, LINES, WHOLE_LINES, blocks_of
 
-# Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": triton_large.blocks_of) is what is configured.
+# Beyond the chip: where tiles come from ("matrix", "tokens", "gradient": streaming.blocks_of) is what is configured.
 _FORWARD_STRIP = ("streaming", "_strip_kernel")
 _TOKEN_STRIP = {"FIRST": False, "LAST": False, "PRECISION": "ieee"}
 _STATE = "weights_ptr exponent_ptr scaling_ptr "
@@ -118,7 +118,7 @@ def blocks(name: str, dtype: str, tile: tuple[int, int], target: str) -> dict[st
 
 
 def _blocks(launch: Launch, dtype: str) -> dict[str, int]:
-    """Block sizes and options as triton_large launches them."""
+    """Block sizes and options as the launchers in streaming.py have them."""
     values = getattr(torch, dtype)
     if launch.configured == "lines":
         lines = WHOLE_LINES if "eights_kernel" in launch.kernel or "weight_g" in launch.kernel else LINES

@@ -1,4 +1,4 @@
-"""Over a cluster all rounds are one launch, in the place of the two a round that ``triton_large.py`` makes.
+"""Over a cluster all rounds are one launch, in the place of the two a round that ``streaming.py`` makes.
 
 The device code is in ``otfuse.kernels.triton.cluster``.
 """

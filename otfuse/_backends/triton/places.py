@@ -20,7 +20,7 @@ from otfuse.kernels.constants import TABLE
 
 
 class Padded(NamedTuple):
-    """B items of N x M. Packed ones, of lengths of their own, have the same methods (``_triton_varlen_long.py``)."""
+    """B items of N x M. Packed ones, of lengths of their own, have the same methods (``LongItems``)."""
 
     B: int
     N: int
@@ -147,7 +147,7 @@ MADE = {"PLACES": 64, "ITEMS": 64, "num_warps": 4}  # rows a program makes, item
 
 
 class LongItems:
-    """Those of a packed batch that no tile holds, to ``triton_large.Solve`` what ``Padded`` is."""
+    """Those of a packed batch that no tile holds, to ``streaming.Solve`` what ``Padded`` is."""
 
     def __init__(self, items: Packed) -> None:
         self.items = items
